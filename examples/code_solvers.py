@@ -1,0 +1,102 @@
+"""Which code step? One epoch of MNIST by each, several seeds, judged on a validation part of the training set.
+
+    python examples/code_solvers.py --root data
+
+Network 784-100-100-10, batch 200, fused Adam at rate 0.008 with a cosine to zero, everything else at its default.
+Writes docs/results/code_solvers.csv and prints the table that docs/results.md shows. The last AltMin rows read forward
+inputs: with one plain step of rate 1 that is backprop's gradient by another route, shown as a check and not as AltMin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from lightning_altmin import AltMinModule, BackpropModule, CodeSolver, GradientCodes, LineSearchCodes, LocalGradient
+from lightning_altmin.data import VisionDataModule
+from lightning_altmin.nn import MLP
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "code_solvers.csv"
+SOLVERS: dict[str, tuple[CodeSolver, str] | None] = {
+    "backprop": None,
+    "line search": (LineSearchCodes(), "moved"),
+    "line search, relaxation 0.5": (LineSearchCodes(relaxation=0.5), "moved"),
+    "line search, relaxation 0.2": (LineSearchCodes(relaxation=0.2), "moved"),
+    "line search, 3 steps": (LineSearchCodes(steps=3), "moved"),
+    "5 steps of 0.2": (GradientCodes(5, 0.2), "moved"),
+    "5 steps of 0.1": (GradientCodes(5, 0.1), "moved"),
+    "1 step of 1": (GradientCodes(1, 1.0), "moved"),
+    "1 step of 0.1": (GradientCodes(1, 0.1), "moved"),
+    "1 step of 1, forward inputs (= backprop)": (GradientCodes(1, 1.0), "forward"),
+}
+
+
+def run(solver: tuple[CodeSolver, Any] | None, seed: int, data: VisionDataModule) -> tuple[float, float]:
+    """Validation accuracy after one epoch, and the seconds of training."""
+    seed_everything(seed, verbose=False)
+    network = MLP(784, [100, 100], 10)
+    optimizer = functools.partial(torch.optim.Adam, lr=0.008, fused=True)
+    data.setup("fit")
+    batches = len(data.train_dataloader())
+    schedule: dict[str, Any] = {
+        "lr_scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, batches),
+        "lr_interval": "step",
+    }
+    module: AltMinModule | BackpropModule
+    if solver is None:
+        module = BackpropModule(network, optimizer=optimizer, **schedule)
+    else:
+        module = AltMinModule(network, codes=solver[0], weights=LocalGradient(optimizer, inputs=solver[1]), **schedule)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - start
+    judge = Trainer(accelerator="cpu", enable_progress_bar=False, logger=False)
+    return judge.validate(module, datamodule=data, verbose=False)[0]["val_acc"], seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--seeds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=1 / 6)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("solver", "seed", "val_accuracy", "seconds"))
+        lines = ["| code step | validation accuracy % | seconds |", "| --- | --- | --- |"]
+        for name, solver in SOLVERS.items():
+            runs = [run(solver, seed, data) for seed in range(arguments.seeds)]
+            writer.writerows((name, seed, *outcome) for seed, outcome in enumerate(runs))
+            file.flush()
+            accuracy = [100 * a for a, _ in runs]
+            lines.append(
+                f"| {name} | {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} | "
+                f"{statistics.median(s for _, s in runs):.1f} |"
+            )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

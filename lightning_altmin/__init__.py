@@ -1,0 +1,25 @@
+"""Train neural networks by online alternating minimization instead of backpropagation, in PyTorch Lightning."""
+
+from lightning_altmin.__about__ import __version__
+from lightning_altmin.altmin import AltMin, Step
+from lightning_altmin.baselines import BackpropModule
+from lightning_altmin.codes import CodeSolver, GradientCodes, LineSearchCodes
+from lightning_altmin.module import AltMinModule
+from lightning_altmin.network import CodedNetwork
+from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.weights import LocalGradient, WeightSolver
+
+__all__ = [
+    "AltMin",
+    "AltMinModule",
+    "AltMinObjective",
+    "BackpropModule",
+    "CodeSolver",
+    "CodedNetwork",
+    "GradientCodes",
+    "LineSearchCodes",
+    "LocalGradient",
+    "Step",
+    "WeightSolver",
+    "__version__",
+]

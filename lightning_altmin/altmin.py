@@ -1,0 +1,267 @@
+"""Online alternating minimization with auxiliary variables (arXiv 1806.09077), in plain torch.
+
+One mini-batch, the whole algorithm::
+
+    codes c_1..c_L  <-  forward pass                                   encode
+    for l = L..1:   c_l  <-  lower  loss or mu/2 ||f_{l+1}(c_l) - c_{l+1}||^2  + mu/2 ||c_l - c_l_forward||^2
+    for each l:     W_l  <-  lower  mu/2 ||c_l - f_l(c_{l-1})||^2      independently; the output stage lowers the loss
+
+No gradient runs through more than one stage: each line above differentiates a single stage at a fixed input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_altmin.codes import CodeProblem, CodeSolver, LineSearchCodes
+from lightning_altmin.engines import BatchState, Gradients
+from lightning_altmin.engines.batch_norm_state import batch_norms
+from lightning_altmin.guard import Buffers, Guard, Policy, guard_for
+from lightning_altmin.losses import CrossEntropy, Loss, local_loss
+from lightning_altmin.network import CodedNetwork
+from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.verification import Verification, verify
+from lightning_altmin.weights import LocalGradient, WeightProblem, WeightSolver
+
+
+@dataclass
+class Step:
+    """What one mini-batch carries through the three phases; also the result of ``AltMin.step``.
+
+    Attributes:
+        x: Inputs, shape ``(batch, *features)``.
+        y: Targets.
+        output: The network's output before the update, shape ``(batch, *output)``.
+        loss: The loss at ``output``, a scalar (not yet looked at: no device sync).
+        codes_forward: Forward codes, one tensor ``(batch, *code)`` per hidden stage.
+        codes: The same, moved by the code step.
+        residuals: Per hidden stage ``||f_l(input) - c_l||^2``, batch mean, before the weights moved.
+    """
+
+    x: Tensor
+    y: Any
+    output: Tensor
+    loss: Tensor
+    codes_forward: list[Tensor]
+    codes: list[Tensor]
+    residuals: list[Tensor] = field(default_factory=list)
+    number: int = 0
+    """Number of the batch, counted from 0 since training began."""
+    _states: list[BatchState] = field(default_factory=list, repr=False)
+    _buffers: Buffers | None = field(default=None, repr=False)
+    _keep: bool = field(default=True, repr=False)
+
+
+class AltMin(nn.Module):
+    """Trains a network by online alternating minimization; no Lightning needed.
+
+    Args:
+        network: An ``nn.Sequential``, a module with ``.features`` and ``.classifier``, a list of blocks, or a
+            `CodedNetwork`. It is trained in place and stays an ordinary module.
+        loss: ``loss(output, target)``, a mean over the batch, as in PyTorch.
+        objective: Constants of the objective.
+        codes: How codes are moved.
+        weights: How weights are changed.
+        nonfinite: What a bad batch does: ``"raise"`` or ``"skip"``; either way it changes nothing.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the network, the loss or a setting cannot be used; see `CodedNetwork` and `local_loss`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | CodedNetwork | Sequence[nn.Module],
+        loss: Loss,
+        objective: AltMinObjective | None = None,
+        codes: CodeSolver | None = None,
+        weights: WeightSolver | None = None,
+        nonfinite: Policy = "raise",
+    ) -> None:
+        super().__init__()
+        self.coded = network if isinstance(network, CodedNetwork) else CodedNetwork(network)
+        self.network = self.coded.network
+        self.local_loss = local_loss(loss)
+        self.loss = loss  # registered if it is a module, so that its buffers move with this one
+        self.objective = AltMinObjective() if objective is None else objective
+        self.codes = LineSearchCodes() if codes is None else codes
+        self.weights = LocalGradient() if weights is None else weights
+        for name, value, kind in (
+            ("objective", self.objective, AltMinObjective),
+            ("codes", self.codes, CodeSolver),
+            ("weights", self.weights, WeightSolver),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
+        self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
+        self._nonfinite: Policy = nonfinite
+        self._guard: Guard = guard_for(torch.device("cpu"), nonfinite)
+        self._norms = batch_norms([self.network])
+        self._optimizer: Optimizer | None = None
+        self.batches_seen = 0
+        self._split_verified = not self.coded.split_by_name
+
+    # ---------------------------------------------------------------- the algorithm
+
+    def step(self, x: Tensor, y: Any, keep_codes: bool = True) -> Step:
+        """Train on one mini-batch: encode, solve codes, fill gradients, optimizer step.
+
+        Args:
+            x: Inputs, shape ``(batch, *features)``.
+            y: Targets, first dimension ``batch``.
+            keep_codes: Keep forward and moved codes and the residuals in the result; ``False`` frees each forward
+                code as soon as nothing needs it.
+
+        Returns:
+            The batch's codes, loss and residuals; nothing in it has been looked at, so no device sync happened.
+
+        Raises:
+            ValueError: If the batch cannot be used; nothing is changed.
+            NonFiniteError: If the batch is bad and ``nonfinite="raise"``; nothing is changed.
+        """
+        step = self.encode(x, y, keep_codes)
+        self.solve_codes(step)
+        for inner in range(self.weights.steps):
+            self.optimizer.zero_grad()
+            self.fill_gradients(step, inner)
+            with self.guard.protect(self.optimizer):
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        return step
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, y: Any, keep_codes: bool = True) -> Step:
+        """Phase 1: the forward pass sets the codes. Running statistics and the random state advance here only."""
+        if not self._split_verified:
+            self.coded.verify_split(x)
+            self._split_verified = True
+        buffers = Buffers(self.network)
+        with buffers.restored_on_error():
+            encoding = self.coded.encode(x)
+            self.local_loss.check(encoding.output, y)
+            loss = self.local_loss.mean(encoding.output, y)
+            if loss.dim() != 0:
+                raise ValueError(f"loss must return a scalar (a mean over the batch), got shape {tuple(loss.shape)}")
+        number, self.batches_seen = self.batches_seen, self.batches_seen + 1
+        codes = list(encoding.codes)
+        return Step(
+            x, y, encoding.output, loss, encoding.codes, codes, [], number, encoding.states, buffers, keep_codes
+        )
+
+    @torch.no_grad()
+    def solve_codes(self, step: Step) -> None:
+        """Phase 2: from the top code down, each code is moved, with the already moved code above it as target."""
+        needs_forward = [self.weights.inputs_of(stage) == "forward" for stage in self.coded.stages]
+        for problem, level in self.code_problems(step):
+            step.codes[level] = self.codes.solve(problem)
+            if not step._keep and level + 1 < len(step.codes) and not any(needs_forward[level + 1 : level + 3]):
+                step.codes_forward[level + 1] = step.codes[level + 1]  # its forward value is no longer needed
+
+    @torch.no_grad()
+    def fill_gradients(self, step: Step, inner: int = 0) -> bool:
+        """Phase 3: add each stage's local gradient to ``.grad``, judged good as a whole or not added at all.
+
+        Args:
+            step: The batch, its codes solved.
+            inner: Number of weight steps already taken on this batch; from the first on, outputs known from encode
+                are out of date and are computed anew.
+
+        Returns:
+            Whether the batch was admitted (an accelerator is not asked: there it is always ``True``).
+        """
+        gradients: Gradients = []
+        step.residuals = []
+        for problem in self.weight_problems(step, inner):
+            gradients += self.weights.gradients(problem)
+            if step._keep and problem.residual is not None:
+                step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
+        assert step._buffers is not None
+        admitted = self.guard.admit(step.number, gradients, self._evidence(step), step._buffers)
+        for parameter, gradient in admitted:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return bool(admitted)
+
+    # ---------------------------------------------------------------- the problems, one at a time
+
+    def code_problems(self, step: Step) -> Iterator[tuple[CodeProblem, int]]:
+        """The codes' problems from the top down; each is made when asked for, from the codes as they are then."""
+        top = self.coded.depth - 1
+        for level in range(top, -1, -1):
+            yield (
+                CodeProblem(
+                    objective=self.objective,
+                    above=self.coded.stages[level + 1],
+                    state=step._states[level + 1],
+                    forward=step.codes_forward[level],
+                    forward_output=step.output if level == top else step.codes_forward[level + 1],
+                    target=None if level == top else step.codes[level + 1],
+                    loss=self.local_loss,
+                    y=step.y,
+                ),
+                level,
+            )
+
+    def weight_problems(self, step: Step, inner: int = 0) -> Iterator[WeightProblem]:
+        """The stages' problems, in any order the same: none depends on another's result."""
+        outputs = [*step.codes_forward, step.output]
+        for level, stage in enumerate(self.coded.stages):
+            forward = self.weights.inputs_of(stage) == "forward"
+            below = step.codes_forward if forward else step.codes
+            known = inner == 0 and (forward or level == 0)  # encoded at exactly this input
+            yield WeightProblem(
+                objective=self.objective,
+                stage=stage,
+                state=step._states[level],
+                input=step.x if level == 0 else below[level - 1],
+                target=None if stage.is_output else step.codes[level],
+                output=outputs[level] if known else None,
+                loss=self.local_loss,
+                y=step.y,
+            )
+
+    # ---------------------------------------------------------------- state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The ordinary forward pass of the network, shape ``(batch, *output)``."""
+        output: Tensor = self.network(x)
+        return output
+
+    def make_optimizer(self) -> Optimizer:
+        """A new optimizer over the network's parameters, as the weight solver wants it."""
+        return self.weights.optimizer(self.coded.stages)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of `step`, made at first use, after the module was moved to its device."""
+        if self._optimizer is None:
+            self._optimizer = self.make_optimizer()
+        return self._optimizer
+
+    @property
+    def guard(self) -> Guard:
+        """The guard against bad batches, fit for the device the parameters are on."""
+        device = next(self.network.parameters()).device
+        if (device.type == "cpu") != (self._guard.__class__ is guard_for(torch.device("cpu"), "raise").__class__):
+            self._guard = guard_for(device, self._nonfinite)
+        return self._guard
+
+    def explain(self, x: Tensor | None = None) -> str:
+        """A table of the stages; see `CodedNetwork.explain`."""
+        return self.coded.explain(x)
+
+    def verify(self, x: Tensor, y: Any, tolerance: float = 1e-10) -> Verification:
+        """Compare this model's engines with autograd on a batch, leaving everything as it was; see `verify`."""
+        return verify(self, x, y, tolerance)
+
+    def _evidence(self, step: Step) -> list[Tensor]:
+        # BatchNorm divides by its deviation, so a huge value spoils the running variance and no gradient.
+        evidence = [step.loss, *(n.running_var.sum() for n in self._norms if n.running_var is not None)]
+        if isinstance(self.local_loss, CrossEntropy) and step.y.device.type != "cpu" and not step.y.is_floating_point():
+            evidence.append(self.local_loss.labels_fit(step.output, step.y))  # not checked in encode: it would sync
+        return evidence

@@ -1,0 +1,38 @@
+"""What callbacks ask of the module they watch, refused by name if it is not there."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
+
+from lightning_altmin.altmin import AltMin
+from lightning_altmin.module import AltMinModule
+
+
+def core_of(module: LightningModule, callback: Callback) -> AltMin:
+    """The `AltMin` core of a module.
+
+    Raises:
+        MisconfigurationException: If the module has no attribute ``core`` that is one.
+    """
+    core = getattr(module, "core", None)
+    if not isinstance(core, AltMin):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} needs a module with an AltMin core (AltMinModule or a subclass), got "
+            f"{type(module).__name__}: remove the callback, or train with AltMinModule"
+        )
+    return core
+
+
+def altmin_module(module: LightningModule, callback: Callback) -> AltMinModule:
+    """The module itself, known to be an `AltMinModule`.
+
+    Raises:
+        MisconfigurationException: If it is not.
+    """
+    if not isinstance(module, AltMinModule):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} needs an AltMinModule or a subclass of it, got {type(module).__name__}: remove "
+            "the callback, or train with AltMinModule"
+        )
+    return module

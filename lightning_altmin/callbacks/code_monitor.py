@@ -1,0 +1,129 @@
+"""What the code step and the weight step do to each layer, while training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_altmin.altmin import AltMin, Step
+from lightning_altmin.callbacks.altmin_access import altmin_module
+from lightning_altmin.callbacks.dead_units import dead_share
+from lightning_altmin.callbacks.layer_watch import LayerWatch
+from lightning_altmin.network import CodedNetwork
+from lightning_altmin.objective import ReferenceObjective
+
+
+class CodeMonitor(LayerWatch):
+    """Logs what the code step and the weight step do, at every n-th batch.
+
+    For every hidden layer:
+
+    - ``codes/<layer>/displacement``: ``||c - c_forward|| / ||c_forward||`` over the whole batch;
+    - ``codes/<layer>/residual_before`` and ``residual_after``: ``||f_l(input) - c_l||^2``, features summed, averaged
+      over the batch, at the weights before and after the optimizer step (when gradients are accumulated, most batches
+      take no step and the two are equal). ``input`` is what the weight solver reads: moved or forward codes;
+    - ``codes/<layer>/dead_units``: share of units whose activation has no slope at any sample of the batch, at the
+      forward codes (see `dead_share`); not logged for a layer that is not read by an elementwise activation of torch;
+
+    And for the network ``codes/objective_before`` and ``codes/objective_after``: the objective J of one sample,
+    averaged over the batch, before and after the code step, at the weights before the weight step. Under the reference
+    objective it is that objective's own value, which is a mean already.
+
+    A measured batch keeps all its codes and a copy of the network, and evaluates the layers three times more. Others
+    cost nothing.
+
+    Args:
+        every_n_steps: Measure at every n-th batch, >= 1.
+        dead_slope: Largest absolute slope of an activation that counts as none, >= 0.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: At the start of fit, if the module is not an `AltMinModule`.
+    """
+
+    def __init__(self, every_n_steps: int = 50, dead_slope: float = 1e-3) -> None:
+        super().__init__(every_n_steps)
+        if not (math.isfinite(dead_slope) and dead_slope >= 0):
+            raise ValueError(f"dead_slope must be a number >= 0, got {dead_slope}")
+        self.dead_slope = dead_slope
+        self._before: CodedNetwork | None = None  # a copy at the weights before the weight step of a measured batch
+        self._asked = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the module."""
+        if stage == "fit":
+            altmin_module(pl_module, self)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask for the codes of this batch, if it is to be measured."""
+        module = altmin_module(pl_module, self)
+        self._before = copy.deepcopy(module.core.coded) if self.is_due(trainer) else None
+        # Who asked takes the request back; somebody else, or the user, may want the codes of every batch.
+        self._asked = self._before is not None and not module.keep_codes
+        if self._asked:
+            module.keep_codes = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure the batch.
+
+        Raises:
+            MisconfigurationException: If an overridden ``training_step`` does not hand out the batch's codes.
+        """
+        if self._before is None:
+            return
+        module = altmin_module(pl_module, self)
+        if self._asked:
+            module.keep_codes = False
+        if not (isinstance(outputs, dict) and isinstance(outputs.get("step"), Step)):
+            raise MisconfigurationException(
+                f"{type(module).__name__}.training_step must return {{'loss': step.loss, 'step': step}} while "
+                "keep_codes is set, as AltMinModule's does"
+            )
+        self.record(trainer, module, self._measure(module.core, self._before, outputs["step"]))
+        self._before = None
+
+    @torch.no_grad()
+    def _measure(self, core: AltMin, before: CodedNetwork, step: Step) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        residuals_before, residuals_after = _residuals(core, before, step), _residuals(core, core.coded, step)
+        for index, (forward, code) in enumerate(zip(step.codes_forward, step.codes, strict=True)):
+            layer, above = before.stages[index : index + 2]
+            group = f"codes/{layer.name}"
+            values[f"{group}/displacement"] = (code - forward).norm() / forward.norm()
+            values[f"{group}/residual_before"] = residuals_before[index]
+            values[f"{group}/residual_after"] = residuals_after[index]
+            dead = dead_share(layer, above, forward, self.dead_slope)
+            if dead is not None:
+                values[f"{group}/dead_units"] = dead
+        values["codes/objective_before"] = _objective(core, before, step, step.codes_forward)
+        values["codes/objective_after"] = _objective(core, before, step, step.codes)
+        return values
+
+
+def _residuals(core: AltMin, network: CodedNetwork, step: Step) -> list[Tensor]:
+    """``||f_l(input) - c_l||^2`` of every hidden layer of ``network``, averaged over the batch."""
+    residuals = []
+    for stage, problem in zip(network.stages, core.weight_problems(step), strict=True):
+        if problem.target is not None:
+            residual = stage.live(problem.input, problem.state).output() - problem.target
+            residuals.append(residual.square().sum() / residual.shape[0])
+    return residuals
+
+
+def _objective(core: AltMin, network: CodedNetwork, step: Step, codes: list[Tensor]) -> Tensor:
+    """J at ``codes``, averaged over the batch; the network is held as the code step sees it."""
+    objective = core.objective
+    inputs = [step.x, *codes]
+    outputs = [s.fixed(x, state).output() for s, x, state in zip(network.stages, inputs, step._states, strict=True)]
+    value = objective.code_loss_value(core.local_loss, outputs[-1], step.y)
+    for output, code in zip(outputs[:-1], codes, strict=True):
+        value = value + objective.code_coupling_value(output - code) + objective.code_sparsity_value(code)
+    return value if isinstance(objective, ReferenceObjective) else value / step.x.shape[0]

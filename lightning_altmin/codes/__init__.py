@@ -1,0 +1,7 @@
+"""Code solvers: one algorithm, one file."""
+
+from lightning_altmin.codes.base import CodeProblem, CodeSolver
+from lightning_altmin.codes.gradient import GradientCodes
+from lightning_altmin.codes.line_search import LineSearchCodes
+
+__all__ = ["CodeProblem", "CodeSolver", "GradientCodes", "LineSearchCodes"]

@@ -1,0 +1,61 @@
+"""Elementwise activations in closed form: each is a pair of functions, value and vector-Jacobian product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+
+aten = torch.ops.aten
+Value = Callable[[Any, Tensor], Tensor]
+Slope = Callable[[Any, Tensor, Point], Tensor]
+
+# module type -> (value(module, x), vjp(module, grad, point)). Values never work in place: the input is a code.
+_ACTIVATIONS: dict[type[nn.Module], tuple[Value, Slope]] = {
+    nn.Identity: (lambda m, x: x, lambda m, g, at: g),
+    nn.ReLU: (lambda m, x: torch.relu(x), lambda m, g, at: aten.threshold_backward(g, at.x, 0)),
+    nn.LeakyReLU: (
+        lambda m, x: functional.leaky_relu(x, m.negative_slope),
+        lambda m, g, at: aten.leaky_relu_backward(g, at.x, m.negative_slope, False),
+    ),
+    nn.ReLU6: (lambda m, x: functional.relu6(x), lambda m, g, at: aten.hardtanh_backward(g, at.x, 0.0, 6.0)),
+    nn.Hardtanh: (
+        lambda m, x: functional.hardtanh(x, m.min_val, m.max_val),
+        lambda m, g, at: aten.hardtanh_backward(g, at.x, m.min_val, m.max_val),
+    ),
+    nn.Sigmoid: (lambda m, x: torch.sigmoid(x), lambda m, g, at: aten.sigmoid_backward(g, at.y)),
+    nn.Tanh: (lambda m, x: torch.tanh(x), lambda m, g, at: aten.tanh_backward(g, at.y)),
+    nn.GELU: (
+        lambda m, x: functional.gelu(x, approximate=m.approximate),
+        lambda m, g, at: aten.gelu_backward(g, at.x, approximate=m.approximate),
+    ),
+    nn.SiLU: (lambda m, x: functional.silu(x), lambda m, g, at: aten.silu_backward(g, at.x)),
+    nn.ELU: (
+        lambda m, x: functional.elu(x, m.alpha),
+        lambda m, g, at: aten.elu_backward(g, m.alpha, 1.0, 1.0, False, at.x),
+    ),
+    nn.Softplus: (
+        lambda m, x: functional.softplus(x, m.beta, m.threshold),
+        lambda m, g, at: aten.softplus_backward(g, at.x, m.beta, m.threshold),
+    ),
+}
+
+
+@closed_form(*_ACTIVATIONS)
+class ActivationRule(Rule):
+    """``y = s(x)`` elementwise, ``grad * s'(x)``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._value, self._slope = _ACTIVATIONS[type(module)]
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._value(self.module, x), None
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        return self._slope(self.module, grad, at)

@@ -1,0 +1,129 @@
+"""The autograd engine: any differentiable block as a stage. It is also the oracle the closed form is checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_altmin.engines import batch_norm_state
+from lightning_altmin.engines.base import BatchState, Gradients, StageEngine, StageMap
+
+
+@dataclass
+class _State:
+    """What a batch fixed in the stage: BatchNorm statistics, and the random state before encode if encode used it."""
+
+    statistics: batch_norm_state.Statistics
+    random: list[Tensor] | None
+
+
+class AutogradMap(StageMap):
+    """A stage at one input; every derivative is an autograd call on a graph of this stage alone."""
+
+    def __init__(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, modules: Sequence[nn.Module]) -> None:
+        self._evaluate = evaluate
+        self._modules = modules
+        self._x = x.detach()
+        self._output: Tensor | None = None
+
+    def output(self) -> Tensor:
+        if self._output is None:
+            with torch.no_grad():
+                self._output = self._evaluate(self._x)
+        return self._output
+
+    def _differentiate(self, x: Tensor, targets: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            output = self._evaluate(x)
+        if not output.requires_grad:
+            raise RuntimeError(
+                f"no gradient flows through {[type(m).__name__ for m in self._modules]}; a code solver that needs "
+                "gradients cannot train what lies below it. Use a differentiable activation or another code solver."
+            )
+        self._output = output.detach()
+        return torch.autograd.grad(output, targets, grad_output.to(output.dtype), allow_unused=True)
+
+    def input_gradient(self, grad_output: Tensor) -> Tensor:
+        x = self._x.detach().requires_grad_()
+        (gradient,) = self._differentiate(x, [x], grad_output)
+        return torch.zeros_like(x) if gradient is None else gradient
+
+    def parameter_gradients(self, grad_output: Tensor) -> Gradients:
+        parameters = list(dict.fromkeys(p for m in self._modules for p in m.parameters() if p.requires_grad))
+        if not parameters:
+            return []
+        gradients = self._differentiate(self._x, parameters, grad_output)
+        return [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+
+
+class AutogradEngine(StageEngine):
+    """Evaluates a stage by calling its modules and differentiates it with autograd, one stage at a time.
+
+    Random modules without an explicit mask are handled by replaying the random state that encode started from, so
+    a batch sees one mask in all its phases.
+    """
+
+    kind: ClassVar[str] = "autograd"
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._norms = batch_norm_state.batch_norms(self._modules)
+        self._inplace = any(getattr(m, "inplace", False) for module in self._modules for m in module.modules())
+
+    def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
+        before = _random_state(x.device)
+        version = x._version
+        with torch.no_grad(), batch_norm_state.captured(self._norms) as statistics:
+            output = self._run(x)
+        if x._version != version:
+            raise ValueError(
+                f"{[type(m).__name__ for m in self._modules]} overwrites its input, which is a code that is still "
+                "needed; use the out-of-place function, or an activation module, whose inplace=True is handled"
+            )
+        used = any(not torch.equal(a, b) for a, b in zip(before, _random_state(x.device), strict=True))
+        return output, _State(statistics, before if used else None)
+
+    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
+        return self._map(x, state, lambda: batch_norm_state.held(self._norms, state.statistics))
+
+    def live(self, x: Tensor, state: BatchState) -> StageMap:
+        return self._map(x, state, lambda: batch_norm_state.untracked(self._norms))
+
+    def _map(self, x: Tensor, state: _State, norms: Callable[[], AbstractContextManager[None]]) -> StageMap:
+        def evaluate(inputs: Tensor) -> Tensor:
+            with norms(), _replayed(state.random, inputs.device):
+                return self._run(inputs)
+
+        return AutogradMap(evaluate, x, self._modules)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self._inplace:  # an in-place activation would overwrite the code it is given
+            x = x.clone()
+        for module in self._modules:
+            x = module(x)
+        return x
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextmanager
+def _replayed(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
+    """Run from the given random state, then put back the one that was there."""
+    if states is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], device)
+        yield

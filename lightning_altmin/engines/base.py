@@ -1,0 +1,58 @@
+"""What an engine is: one stage of the network and its local derivatives, with no chain through the other stages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+BatchState = Any
+"""What one batch fixes in a stage (BatchNorm statistics, dropout masks); opaque outside the engine that made it."""
+
+Gradients = list[tuple[nn.Parameter, Tensor]]
+"""Trainable parameters of one stage, each with the gradient of that stage's own local problem."""
+
+
+class StageMap(ABC):
+    """One stage at one input; its value and its two local derivatives are computed on demand.
+
+    An engine computes only what is asked for: a caller that already knows the output (the encode phase computed it)
+    does not pay for it a second time.
+    """
+
+    @abstractmethod
+    def output(self) -> Tensor:
+        """Output of the stage, shape ``(batch, *features_out)``."""
+
+    @abstractmethod
+    def input_gradient(self, grad_output: Tensor) -> Tensor:
+        """Vector-Jacobian product with respect to the stage's input, shaped like the input."""
+
+    @abstractmethod
+    def parameter_gradients(self, grad_output: Tensor) -> Gradients:
+        """Vector-Jacobian products with respect to the stage's trainable parameters."""
+
+
+class StageEngine(ABC):
+    """Evaluates one stage in the three phases of a batch.
+
+    ``encode`` runs first and alone touches running statistics and the random state. ``fixed`` is the stage as the
+    code step sees it: everything that depends on the batch is held at what encode found, so a BatchNorm is a fixed
+    affine map and a dropout mask does not change. ``live`` is the stage as the weight step sees it: BatchNorm
+    recomputes its batch statistics and is differentiated through them, running statistics stay untouched.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
+        """Training-time forward pass of the stage, without a graph."""
+
+    @abstractmethod
+    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
+        """The stage at ``x`` with the batch's state held fixed (code step)."""
+
+    @abstractmethod
+    def live(self, x: Tensor, state: BatchState) -> StageMap:
+        """The stage at ``x`` with batch statistics recomputed (weight step)."""

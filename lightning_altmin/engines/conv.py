@@ -1,0 +1,57 @@
+"""Convolutions in closed form, through the library's own convolution gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_altmin.engines.base import Gradients
+from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+
+
+def _is_plain(conv: _ConvNd) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+@closed_form(nn.Conv1d, nn.Conv2d, nn.Conv3d, when=_is_plain)
+class ConvRule(Rule):
+    """Cross-correlation with zero padding; stride, dilation and groups as the module says."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        conv = self.module
+        return torch.convolution(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, False, _zeros(conv), conv.groups
+        ), None
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        gradient: Tensor = self._backward(grad, at.x, (True, False, False))[0]
+        return gradient
+
+    def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
+        conv = self.module
+        wanted = (conv.weight.requires_grad, conv.bias is not None and conv.bias.requires_grad)
+        _, weight, bias = self._backward(grad, at.x, (False, *wanted))
+        return [(p, g) for p, g, w in zip((conv.weight, conv.bias), (weight, bias), wanted, strict=True) if w]
+
+    def _backward(self, grad: Tensor, x: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
+        conv = self.module
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            conv.weight,
+            None if conv.bias is None else [conv.out_channels],
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            _zeros(conv),
+            conv.groups,
+            wanted,
+        )
+
+
+def _zeros(conv: _ConvNd) -> list[int]:
+    return [0] * len(conv.stride)

@@ -1,0 +1,32 @@
+"""Linear layers in closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_altmin.engines.base import Gradients
+from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+
+
+@closed_form(nn.Linear)
+class LinearRule(Rule):
+    """``y = x W^T + b`` over the last dimension; leading dimensions are summed over in the weight gradient."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return functional.linear(x, self.module.weight, self.module.bias), None
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        return grad @ self.module.weight
+
+    def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
+        weight, bias = self.module.weight, self.module.bias
+        rows = grad.reshape(-1, grad.shape[-1])
+        gradients: Gradients = []
+        if weight.requires_grad:
+            gradients.append((weight, rows.t() @ at.x.reshape(-1, at.x.shape[-1])))
+        if bias is not None and bias.requires_grad:
+            gradients.append((bias, rows.sum(0)))
+        return gradients

@@ -1,0 +1,119 @@
+"""BatchNorm in closed form.
+
+A fixed affine map in the code step, differentiated through its statistics in the weight step; its running statistics
+are updated once per batch, in encode.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_altmin.engines.base import Gradients
+from lightning_altmin.engines.batch_norm_state import uses_batch_statistics
+from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+
+
+class _Statistics(NamedTuple):
+    """Mean and ``1 / sqrt(var + eps)`` per channel, as encode found them; ``from_batch`` says where they come from."""
+
+    mean: Tensor
+    inverse_deviation: Tensor
+    from_batch: bool
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *([1] * (like.dim() - 2)))
+
+
+@closed_form(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+class FixedBatchNormRule(Rule):
+    """``y = (x - mean) / deviation * weight + bias`` with the statistics that encode found for this batch."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        norm = self.module
+        from_batch = uses_batch_statistics(norm)
+        if not from_batch:
+            return norm(x), _Statistics(norm.running_mean, (norm.running_var + norm.eps).rsqrt(), False)
+        norm._check_input_dim(x)
+        _refuse_single_value(x)
+        tracked = norm.training and norm.track_running_stats
+        if tracked and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        momentum, running_mean, running_var = 0.0, None, None
+        if tracked:
+            running_mean, running_var = norm.running_mean, norm.running_var
+            # momentum=None is the cumulative average of the batches; the count of a resumed run is in the buffer
+            momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        y, mean, inverse_deviation = torch.native_batch_norm(
+            x, norm.weight, norm.bias, running_mean, running_var, True, momentum, norm.eps
+        )
+        return y, _Statistics(mean, inverse_deviation, True)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        scale, shift = self._affine(state)
+        return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x)), None
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        return grad * _per_channel(self._affine(at.state)[0], grad)
+
+    def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
+        raise TypeError("parameters are trained with live statistics; this rule only serves the code step")
+
+    def live(self) -> Rule:
+        return LiveBatchNormRule(self.module)
+
+    def _affine(self, state: _Statistics) -> tuple[Tensor, Tensor]:
+        norm = self.module
+        scale = state.inverse_deviation if norm.weight is None else norm.weight * state.inverse_deviation
+        shift = -state.mean * scale if norm.bias is None else norm.bias - state.mean * scale
+        return scale, shift
+
+
+class LiveBatchNormRule(Rule):
+    """BatchNorm with the statistics of the input at hand; running statistics are not touched."""
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        norm = self.module
+        if not state.from_batch:
+            return FixedBatchNormRule(norm).forward(x, state)[0], (state.mean, state.inverse_deviation)
+        y, mean, inverse_deviation = torch.native_batch_norm(
+            x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
+        )
+        return y, (mean, inverse_deviation)
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        gradient: Tensor = self._backward(grad, at, (True, False, False))[0]
+        return gradient
+
+    def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
+        norm = self.module
+        if norm.weight is None or not (norm.weight.requires_grad or norm.bias.requires_grad):
+            return []
+        _, weight, bias = self._backward(grad, at, (False, True, True))
+        return [(p, g) for p, g in ((norm.weight, weight), (norm.bias, bias)) if p.requires_grad]
+
+    def _backward(self, grad: Tensor, at: Point, wanted: tuple[bool, bool, bool]) -> Any:
+        norm, (mean, inverse_deviation) = self.module, at.saved
+        return torch.ops.aten.native_batch_norm_backward(
+            grad.contiguous(),
+            at.x,
+            norm.weight,
+            norm.running_mean,
+            norm.running_var,
+            mean,
+            inverse_deviation,
+            at.state.from_batch,
+            norm.eps,
+            wanted,
+        )
+
+
+def _refuse_single_value(x: Tensor) -> None:
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            f"BatchNorm got a batch of shape {tuple(x.shape)}, one value per channel, which has no variance. "
+            "Use drop_last=True or a batch size that leaves more than one sample in the last batch."
+        )

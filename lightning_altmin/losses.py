@@ -1,0 +1,231 @@
+"""The loss of the output stage, in the two forms the algorithm needs: as the user gave it, and summed over samples."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Loss = Callable[[Tensor, Any], Tensor]
+"""``loss(output, target) -> scalar``, a mean over the batch as in PyTorch."""
+
+
+class LocalLoss(ABC):
+    """A loss with its gradient with respect to the network's output, shape ``(batch, *output)``.
+
+    ``mean`` is the loss as given (the output layer's weight step). ``total`` is the same loss averaged over
+    non-batch dimensions and *summed* over samples (the code step), so that a sample's code does not depend on the
+    batch it came in.
+    """
+
+    @abstractmethod
+    def mean(self, output: Tensor, target: Any) -> Tensor:
+        """The loss as the user gave it, a scalar."""
+
+    @abstractmethod
+    def mean_gradient(self, output: Tensor, target: Any) -> Tensor:
+        """Gradient of ``mean`` with respect to ``output``."""
+
+    @abstractmethod
+    def total(self, output: Tensor, target: Any) -> Tensor:
+        """Sum over samples of each sample's loss, a scalar."""
+
+    @abstractmethod
+    def total_gradient(self, output: Tensor, target: Any) -> Tensor:
+        """Gradient of ``total`` with respect to ``output``."""
+
+    def check(self, output: Tensor, target: Any) -> None:
+        """Refuse targets this loss cannot take, before anything is changed.
+
+        Raises:
+            ValueError: If shapes or labels do not fit.
+        """
+        if isinstance(target, Tensor) and (target.dim() == 0 or target.shape[0] != output.shape[0]):
+            raise ValueError(
+                f"y has shape {tuple(target.shape)} for a batch of {output.shape[0]} samples; "
+                "give one target per sample in the first dimension"
+            )
+
+
+def local_loss(loss: Loss) -> LocalLoss:
+    """Wrap a user's loss.
+
+    Args:
+        loss: A loss module with ``reduction="mean"``, one of ``torch.nn.functional.cross_entropy`` and ``mse_loss``,
+            or any callable ``loss(output, target)``, which is taken as a *mean over the batch*: its sum over
+            samples is the batch size times its value.
+
+    Raises:
+        TypeError: If ``loss`` is not callable.
+        ValueError: If it is a module whose reduction is not ``"mean"``, or that has parameters of its own.
+    """
+    if isinstance(loss, LocalLoss):
+        return loss
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(f"loss must be an instance of a loss module or a function, got {loss!r}")
+    if loss is functional.cross_entropy:
+        loss = nn.CrossEntropyLoss()
+    if loss is functional.mse_loss:
+        loss = nn.MSELoss()
+    if not isinstance(loss, nn.Module):
+        return CallableLoss(loss)
+    if any(p.requires_grad for p in loss.parameters()):
+        raise ValueError(f"loss {type(loss).__name__} has trainable parameters; make them part of the network")
+    reduction = getattr(loss, "reduction", None)
+    if reduction is None:
+        return CallableLoss(loss)
+    if reduction != "mean":
+        raise ValueError(
+            f"loss.reduction must be 'mean', got {reduction!r}: pass {type(loss).__name__}(reduction='mean'); "
+            "the sum over samples that the code step needs is derived from it"
+        )
+    if type(loss) is nn.CrossEntropyLoss:
+        return CrossEntropy(loss)
+    if type(loss) is nn.MSELoss:
+        return MeanSquaredError(loss)
+    return ModuleLoss(loss)
+
+
+class _AutogradLoss(LocalLoss):
+    """Gradients through a graph of the loss alone."""
+
+    def mean_gradient(self, output: Tensor, target: Any) -> Tensor:
+        return self._gradient(self.mean, output, target)
+
+    def total_gradient(self, output: Tensor, target: Any) -> Tensor:
+        return self._gradient(self.total, output, target)
+
+    @staticmethod
+    def _gradient(value: Loss, output: Tensor, target: Any) -> Tensor:
+        with torch.enable_grad():
+            output = output.detach().requires_grad_()
+            scalar = value(output, target)
+        return torch.autograd.grad(scalar, output)[0]
+
+
+class CallableLoss(_AutogradLoss):
+    """A function that returns a mean over the batch."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+
+    def mean(self, output: Tensor, target: Any) -> Tensor:
+        return self._loss(output, target)
+
+    def total(self, output: Tensor, target: Any) -> Tensor:
+        return self._loss(output, target) * output.shape[0]
+
+
+class ModuleLoss(_AutogradLoss):
+    """A loss module with a ``reduction``; per-sample values come from a copy with ``reduction="none"``."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.module: Any = loss
+        # The shallow copy shares buffers (class weights), so moving the user's module moves the copy.
+        per_sample: Any = copy.copy(loss)
+        per_sample.reduction = "none"
+        self._per_sample = per_sample
+
+    def mean(self, output: Tensor, target: Any) -> Tensor:
+        value: Tensor = self.module(output, target)
+        return value
+
+    def total(self, output: Tensor, target: Any) -> Tensor:
+        values = self._per_sample(output, target)
+        return values.reshape(values.shape[0], -1).mean(1).sum() if values.dim() > 1 else values.sum()
+
+
+class CrossEntropy(ModuleLoss):
+    """``nn.CrossEntropyLoss`` in closed form for outputs ``(batch, classes)`` and class-index targets.
+
+    Class weights, ``ignore_index`` and label smoothing are covered; other shapes and soft targets go through
+    autograd.
+    """
+
+    def mean_gradient(self, output: Tensor, target: Any) -> Tensor:
+        if not self._has_closed_form(output, target):
+            return super().mean_gradient(output, target)
+        return self._sample_gradients(output, target) / self._class_weights(output, target).sum()
+
+    def total_gradient(self, output: Tensor, target: Any) -> Tensor:
+        if not self._has_closed_form(output, target):
+            return super().total_gradient(output, target)
+        return self._sample_gradients(output, target)
+
+    def _has_closed_form(self, output: Tensor, target: Any) -> bool:
+        return output.dim() == 2 and not target.is_floating_point()
+
+    def _valid(self, target: Tensor) -> Tensor:
+        return target != self.module.ignore_index
+
+    def _class_weights(self, output: Tensor, target: Tensor) -> Tensor:
+        """Weight of each sample's own class, 0 where ignored; shape ``(batch,)``."""
+        valid = self._valid(target)
+        if self.module.weight is None:
+            return valid.to(output.dtype)
+        weights: Tensor = self.module.weight[target.where(valid, 0)] * valid
+        return weights
+
+    def _sample_gradients(self, output: Tensor, target: Tensor) -> Tensor:
+        """Row i: gradient of sample i's loss, ``(1 - e) w_y (p - onehot) + e / C * (p sum(w) - w)``."""
+        probabilities = torch.softmax(output, 1)
+        smoothing, weight, classes = self.module.label_smoothing, self.module.weight, output.shape[1]
+        valid = self._valid(target)
+        own = (1.0 - smoothing) * self._class_weights(output, target).unsqueeze(1)
+        gradient = probabilities * own
+        gradient.scatter_add_(1, target.where(valid, 0).unsqueeze(1), -own)
+        if smoothing > 0:
+            spread = probabilities * (classes if weight is None else weight.sum()) - (1 if weight is None else weight)
+            gradient += (smoothing / classes) * spread * valid.unsqueeze(1)
+        return gradient
+
+    def check(self, output: Tensor, target: Any) -> None:
+        super().check(output, target)
+        if not isinstance(target, Tensor):
+            raise TypeError(f"CrossEntropyLoss needs a tensor of targets, got {type(target).__name__}")
+        if target.is_floating_point():
+            if target.shape != output.shape:
+                raise ValueError(
+                    f"y holds floats of shape {tuple(target.shape)}; give class indices (dtype long, shape "
+                    f"{(output.shape[0], *output.shape[2:])}) or probabilities of shape {tuple(output.shape)}"
+                )
+            return
+        if target.dtype != torch.long or target.shape != (output.shape[0], *output.shape[2:]):
+            raise ValueError(
+                f"y has dtype {target.dtype} and shape {tuple(target.shape)}; CrossEntropyLoss needs dtype torch.int64 "
+                f"and shape {(output.shape[0], *output.shape[2:])} for outputs of shape {tuple(output.shape)}"
+            )
+        if target.device.type == "cpu" and not bool(self.labels_fit(output, target)):
+            labels = target[self._valid(target)]
+            raise ValueError(
+                f"y holds labels from {int(labels.min())} to {int(labels.max())} but the network has "
+                f"{output.shape[1]} outputs: labels must lie in 0..{output.shape[1] - 1}"
+            )
+
+    def labels_fit(self, output: Tensor, target: Tensor) -> Tensor:
+        """Whether every label is a class or ignored; a scalar bool tensor on the target's device."""
+        return (((target >= 0) & (target < output.shape[1])) | ~self._valid(target)).all()
+
+
+class MeanSquaredError(ModuleLoss):
+    """``nn.MSELoss`` in closed form."""
+
+    def mean_gradient(self, output: Tensor, target: Any) -> Tensor:
+        return (output - target) * (2.0 / output.numel())
+
+    def total_gradient(self, output: Tensor, target: Any) -> Tensor:
+        return (output - target) * (2.0 * output.shape[0] / output.numel())
+
+    def check(self, output: Tensor, target: Any) -> None:
+        super().check(output, target)
+        if not isinstance(target, Tensor) or target.shape != output.shape:
+            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise ValueError(
+                f"y has shape {got} but the network's output has {tuple(output.shape)}; MSELoss needs the same shape "
+                "(y.unsqueeze(1) for a single output)"
+            )

@@ -1,0 +1,136 @@
+"""Several optimizers, one per named group of layers, as the single optimizer that a Trainer counts steps by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class _ChildrenState(MutableMapping[Tensor, Any]):
+    """The children's states as one mapping, read from and written to the child that owns the parameter.
+
+    A ``ChainMap`` would not do: looking a parameter up in an optimizer's state makes an entry there.
+    """
+
+    def __init__(self, children: Iterable[Optimizer]) -> None:
+        self._children = list(children)
+        self._owner = {p: child for child in self._children for group in child.param_groups for p in group["params"]}
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        return self._owner[parameter].state[parameter]
+
+    def __setitem__(self, parameter: Tensor, state: Any) -> None:
+        self._owner[parameter].state[parameter] = state
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self._owner[parameter].state[parameter]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for child in self._children:
+            yield from list(child.state)
+
+    def __len__(self) -> int:
+        return sum(len(child.state) for child in self._children)
+
+
+class LayerwiseOptimizer(Optimizer):
+    """A composite of named optimizers that steps them together.
+
+    ``param_groups`` lists the children's own group dictionaries, so schedulers, learning-rate monitors and gradient
+    scalers see and change what the children use. ``state_dict`` keeps the children apart by name, and loading
+    refuses a checkpoint whose names differ.
+
+    Args:
+        children: Optimizers by name; no parameter may be in two of them.
+
+    Raises:
+        ValueError: If ``children`` is empty or two children share a parameter.
+    """
+
+    def __init__(self, children: Mapping[str, Optimizer]) -> None:
+        if not children:
+            raise ValueError("children must name at least one optimizer, got none")
+        self.children = dict(children)
+        groups = [group for child in self.children.values() for group in child.param_groups]
+        parameters = [p for group in groups for p in group["params"]]
+        if len(set(parameters)) != len(parameters):
+            raise ValueError("children share a parameter; every parameter must belong to one optimizer")
+        super().__init__([{"params": parameters}], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        self.param_groups = [group for child in self.children.values() for group in child.param_groups]
+        self.state = _ChildrenState(self.children.values())  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base class keeps groups and state only; both are the children's, and are found again through them.
+        return {"defaults": self.defaults, "children": self.children}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "param_groups": []})
+        self._share_groups()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step every child once.
+
+        Args:
+            closure: Evaluated once, before the children step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for child in self.children.values():
+            child.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for child in self.children.values():
+            child.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Used once by the base class; a layer's optimizer cannot be guessed afterwards.
+
+        Raises:
+            ValueError: Always, after construction.
+        """
+        if self.param_groups:
+            raise ValueError("add a parameter group to one of `children`, so that its optimizer is known")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"children": {name: child.state_dict() for name, child in self.children.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load every child's state.
+
+        Raises:
+            ValueError: If the checkpoint was written for other layers.
+        """
+        saved = cast(Mapping[str, Any], state_dict.get("children", {}))
+        if set(saved) != set(self.children):
+            raise ValueError(
+                f"the checkpoint holds optimizers for {sorted(saved)}, this model has {sorted(self.children)}: "
+                "it was written with other per-layer settings"
+            )
+        for name, child in self.children.items():
+            child.load_state_dict(saved[name])
+        self._share_groups()  # children replaced their group dictionaries
+
+
+def clip_per_group(optimizer: Optimizer, max_norm: float | Mapping[str, float]) -> None:
+    """Scale each parameter group's gradient so that its norm is at most ``max_norm``; no device sync.
+
+    Args:
+        optimizer: Optimizer with named parameter groups, gradients in place and unscaled.
+        max_norm: One bound for every group, or bounds by group name; unnamed groups are left alone.
+    """
+    for group in optimizer.param_groups:
+        bound = max_norm.get(group.get("name", "")) if isinstance(max_norm, Mapping) else max_norm
+        gradients: Iterable[Tensor] = [p.grad for p in group["params"] if p.grad is not None]
+        if bound is not None and gradients:
+            torch.nn.utils.clip_grad_norm_(group["params"], bound)

@@ -1,0 +1,257 @@
+"""What AltMin and its backprop twin share as LightningModules: batches, metrics, logging, schedules, exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_altmin.exact_resume import ExactResume
+from lightning_altmin.losses import local_loss
+from lightning_altmin.metrics import Metrics, metric_collection
+
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+_INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img")
+_TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+_SETTINGS = "lightning_altmin_settings"
+_WATCHED = "lightning_altmin_watched_value"
+
+
+class SupervisedModule(ExactResume):
+    """Base of `AltMinModule` and `BackpropModule`; they differ in how a batch changes the weights and in nothing else.
+
+    Logs ``train_loss`` (mean since the last log point), ``val_loss``, ``test_loss`` and every metric with the prefix
+    ``val_`` or ``test_``. Checkpoints hold the state of the random number generators, so that a resumed run goes on
+    exactly as the uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module | Callable[[Tensor, Any], Tensor],
+        metrics: Metrics | None,
+        lr_scheduler: SchedulerFactory | None,
+        lr_interval: Literal["epoch", "step"],
+        lr_frequency: int,
+        lr_monitor: str | None,
+    ) -> None:
+        super().__init__()
+        if lr_interval not in ("epoch", "step"):
+            raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
+        if lr_frequency != int(lr_frequency) or lr_frequency < 1:
+            raise ValueError(f"lr_frequency must be an integer >= 1, got {lr_frequency}")
+        self._local_loss = local_loss(loss)
+        self._loss_name = repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
+        collection = metric_collection(metrics, loss)
+        self.val_metrics = collection.clone(prefix="val_")
+        self.test_metrics = collection.clone(prefix="test_")
+        self._scheduler_factory = lr_scheduler
+        self._lr_interval = lr_interval
+        self._lr_frequency = lr_frequency
+        self._lr_monitor = lr_monitor
+        self._loss_sum: Tensor | None = None
+        self._loss_count: Tensor | int = 0
+        self._watched: float | None = None
+        self._watched_epoch: int | None = None
+
+    skips_nonfinite = False
+    """Whether a bad batch is left out; its loss then is left out of the mean that is logged."""
+
+    # ---------------------------------------------------------------- to override
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Any]:
+        """Inputs and targets of a batch: a pair, or a dictionary with keys like ``x``/``y`` or ``image``/``label``.
+
+        Raises:
+            TypeError: If the batch is neither; override this method for another layout.
+        """
+        if isinstance(batch, Mapping):
+            x = [batch[key] for key in _INPUT_KEYS if key in batch]
+            y = [batch[key] for key in _TARGET_KEYS if key in batch]
+            if len(x) == 1 and len(y) == 1:
+                return x[0], y[0]
+            raise TypeError(
+                f"batch is a dictionary with keys {list(batch)}; one of {_INPUT_KEYS} and one of {_TARGET_KEYS} are "
+                "needed. Override unpack(batch) for other names"
+            )
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            return batch[0], batch[1]
+        raise TypeError(
+            f"batch must be a pair (x, y) or a dictionary, got {type(batch).__name__}; override unpack(batch) "
+            "for another layout"
+        )
+
+    def batch_loss(self, output: Tensor, y: Any) -> Tensor:
+        """The loss of an output, a mean over the batch.
+
+        Raises:
+            ValueError: If the targets do not fit the output.
+        """
+        self._local_loss.check(output, y)
+        return self._local_loss.mean(output, y)
+
+    def settings(self) -> dict[str, str]:
+        """What a checkpoint is compared by when it is loaded: settings that change the meaning of its weights."""
+        return {"loss": self._loss_name}
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Log ``val_loss`` and the metrics; returns the loss."""
+        return self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Log ``test_loss`` and the metrics; returns the loss."""
+        return self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The network's output for a batch of inputs, or of inputs with targets."""
+        if isinstance(batch, tuple | list) and len(batch) == 1:  # TensorDataset(x) yields these
+            batch = batch[0]
+        x = batch if isinstance(batch, Tensor) else self.unpack(batch)[0]
+        output: Tensor = self(x)
+        return output
+
+    def _evaluate(self, batch: Any, stage: str, metrics: Any) -> Tensor:
+        x, y = self.unpack(batch)
+        output = self(x)
+        loss = self.batch_loss(output, y)
+        self.log(f"{stage}_loss", loss, batch_size=x.shape[0], on_epoch=True, on_step=False, prog_bar=stage == "val")
+        if len(metrics):
+            metrics.update(output, y)
+            self.log_dict(metrics, on_epoch=True, on_step=False, prog_bar=stage == "val", batch_size=x.shape[0])
+        return loss
+
+    # ---------------------------------------------------------------- training log
+
+    @property
+    def at_log_point(self) -> bool:
+        """Whether loggers are written after the current batch."""
+        connector: Any = self.trainer._logger_connector
+        return bool(connector.should_update_logs)  # Lightning's own count: it differs from ours after some resumes
+
+    def log_training_loss(self, loss: Tensor) -> None:
+        """Add a batch's loss to a sum on the device; log its mean at log points only (`self.log` is not free)."""
+        value = loss.detach()
+        counted: Tensor | int = 1
+        if self.skips_nonfinite:
+            counted = value.isfinite()
+            value = value.where(counted, 0.0)
+        self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
+        self._loss_count = self._loss_count + counted
+        if self.at_log_point:
+            self.log("train_loss", self._loss_sum / self._loss_count, prog_bar=True, batch_size=1)
+            self._loss_sum, self._loss_count = None, 0
+
+    # ---------------------------------------------------------------- optimizer and schedule
+
+    def optimizer_configuration(self, optimizer: Optimizer) -> Any:
+        """What ``configure_optimizers`` returns for one optimizer and the schedule asked for.
+
+        Raises:
+            ValueError: If the schedule reduces on a plateau and ``lr_monitor`` is not given.
+        """
+        if self._scheduler_factory is None:
+            return optimizer
+        scheduler = self._scheduler_factory(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau) and self._lr_monitor is None:
+            raise ValueError("lr_scheduler reduces on a plateau: name the watched value, as lr_monitor='val_loss'")
+        schedule = {"scheduler": scheduler, "interval": self._lr_interval, "frequency": self._lr_frequency}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def step_schedule(self, scheduler: Any, interval: str, frequency: int) -> None:
+        """Step a schedule if its turn has come; steps and epochs are counted over the whole run.
+
+        Raises:
+            MisconfigurationException: If the value that a plateau schedule watches was never logged.
+        """
+        done = self.trainer.global_step if interval == "step" else self.trainer.current_epoch + 1
+        if done % frequency:
+            return
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(self._watched_value())
+        else:
+            scheduler.step()
+
+    def _watched_value(self) -> float:
+        value = self.trainer.callback_metrics.get(str(self._lr_monitor), self._watched)
+        if value is None:
+            raise MisconfigurationException(
+                f"lr_monitor={self._lr_monitor!r} has not been logged when the schedule is stepped; logged are "
+                f"{sorted(self.trainer.callback_metrics)}"
+            )
+        return float(value)
+
+    # ---------------------------------------------------------------- fit start and end, checkpoints
+
+    def on_fit_start(self) -> None:
+        """Forget what belongs to an earlier run."""
+        super().on_fit_start()
+        self._loss_sum, self._loss_count = None, 0
+        if not self.resuming:
+            self._watched_epoch, self._watched = None, None
+
+    def on_train_epoch_end(self) -> None:
+        """Step a schedule that watches a value of the epoch, before a checkpoint of the epoch is written."""
+        if self.trainer.current_epoch == self._watched_epoch:
+            return  # Lightning calls this again when it resumes from that checkpoint under max_steps
+        self._watched_epoch = self.trainer.current_epoch
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == "epoch" and isinstance(config.scheduler, ReduceLROnPlateau):
+                self.step_schedule(config.scheduler, "epoch", self._lr_frequency)
+
+    def on_fit_end(self) -> None:
+        """A run over no batches is an error, not a success.
+
+        Raises:
+            MisconfigurationException: If the training loader is empty.
+        """
+        # A loader without a length may turn out to be empty only when it is iterated over.
+        empty = self.trainer.num_training_batches == 0 or self.trainer.fit_loop.total_batch_idx < 0
+        finished_before = self.trainer.max_epochs == 0 or self.trainer.max_steps == 0
+        if empty and self.trainer.limit_train_batches != 0 and not finished_before:
+            raise MisconfigurationException(
+                "train_dataloader is empty: it yields no batch (with drop_last=True a data set smaller than batch_size "
+                "leaves none). Nothing was trained."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the random state, the settings a checkpoint is compared by, and the value a schedule watches."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_SETTINGS] = self.settings()
+        watched = self.trainer.callback_metrics.get(str(self._lr_monitor))
+        checkpoint[_WATCHED] = (self._watched_epoch, None if watched is None else float(watched))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, before anything is loaded.
+
+        Raises:
+            ValueError: If parameters or buffers differ in name or shape, or a setting differs.
+        """
+        self._refuse_other_model(checkpoint["state_dict"])
+        for name, saved in checkpoint.get(_SETTINGS, {}).items():
+            here = self.settings().get(name)
+            if here != saved:
+                raise ValueError(
+                    f"the checkpoint was trained with {name}={saved}, this module has {name}={here}: pass the same "
+                    f"{name}"
+                )
+        super().on_load_checkpoint(checkpoint)
+        self._watched_epoch, self._watched = checkpoint.get(_WATCHED, (None, None))
+
+    def _refuse_other_model(self, saved: Mapping[str, Tensor]) -> None:
+        here = self.state_dict()
+        missing, unexpected = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
+        reshaped = [
+            f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(here[name].shape)} here"
+            for name in here.keys() & saved.keys()
+            if saved[name].shape != here[name].shape
+        ]
+        if missing or unexpected or reshaped:
+            raise ValueError(
+                "the checkpoint belongs to another network: "
+                f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}, shapes {reshaped or 'equal'}"
+            )

@@ -1,0 +1,84 @@
+"""Trainer features that cannot work with alternating minimization, refused by name before training starts."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.tuner.lr_finder import _LRCallback
+from torch.optim import LBFGS, Optimizer
+
+_PRECISIONS = ("32-true", "64-true")
+
+
+def refuse_replaced(trainer: Trainer) -> None:
+    """Refuse Trainer arguments that this module's own arguments replace; Lightning refuses them without naming those.
+
+    Raises:
+        MisconfigurationException: Naming the argument to use.
+    """
+    clip = trainer.gradient_clip_val
+    if clip:
+        raise MisconfigurationException(
+            f"Trainer(gradient_clip_val={clip}) would clip all layers by one norm, but their problems are independent: "
+            f"use AltMinModule(gradient_clip_norm={clip}), which clips each layer by its own"
+        )
+    batches = trainer.accumulate_grad_batches
+    if batches != 1:
+        raise MisconfigurationException(
+            f"Trainer(accumulate_grad_batches={batches}) has no effect under manual optimization: use "
+            f"AltMinModule(accumulate_batches={batches})"
+        )
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Check what is known before the optimizer exists.
+
+    Raises:
+        MisconfigurationException: Naming the setting, why it cannot work, and what to use.
+    """
+    strategy = type(trainer.strategy).__name__
+    if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
+        raise MisconfigurationException(
+            f"strategy {strategy} shards parameters that the layers' local problems read whole; use one device"
+        )
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"AltMinModule runs on one process in this version, got {trainer.world_size}: local gradients are not "
+            "averaged over processes yet. Use Trainer(devices=1)"
+        )
+    if trainer.precision not in _PRECISIONS:
+        raise MisconfigurationException(
+            f"precision={trainer.precision!r} is not supported yet: codes are differences of nearly equal numbers and "
+            f"lose them in 16 bits. Use one of {_PRECISIONS}"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateFinder | _LRCallback):
+            raise MisconfigurationException(
+                "the learning-rate finder steps a schedule that manual optimization never steps, so it would not "
+                "sweep; compare a few rates over short runs instead"
+            )
+        if isinstance(callback, StochasticWeightAveraging):
+            raise MisconfigurationException(
+                "StochasticWeightAveraging would average but never anneal its rate under manual optimization; use "
+                "the WeightAveraging callback"
+            )
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+            raise MisconfigurationException(
+                "ModelCheckpoint(train_time_interval=...) is ignored by Lightning under manual optimization; use "
+                "every_n_train_steps or every_n_epochs"
+            )
+
+
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Refuse optimizers that need to evaluate the loss again inside their step.
+
+    Raises:
+        MisconfigurationException: If the optimizer, or a child of it, is LBFGS.
+    """
+    children = getattr(optimizer, "children", {"": optimizer}).values()
+    if any(isinstance(child, LBFGS) for child in children):
+        raise MisconfigurationException(
+            "LBFGS evaluates the loss several times per step, but a weight step has its gradients given; use Adam, "
+            "SGD or another first-order optimizer"
+        )

@@ -1,0 +1,98 @@
+"""What a weight solver is given (one stage's problem) and what it must do (say how the parameters change)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_altmin.engines import BatchState, Gradients, StageMap
+from lightning_altmin.losses import LocalLoss
+from lightning_altmin.network import Stage
+from lightning_altmin.objective import AltMinObjective
+
+Inputs = Literal["moved", "forward"]
+"""Which codes are the inputs of the weight step: moved by the code step (the paper), or the forward ones."""
+
+
+@dataclass
+class WeightProblem:
+    """The local problem of one stage, independent of all others.
+
+    Hidden stage: the batch mean of ``mu/2 ||target - f(input)||^2``. Output stage (``target is None``): the loss as
+    the user gave it. Both plus the l1 term of the weights.
+
+    Attributes:
+        objective: Constants and reductions.
+        stage: The stage whose parameters are free.
+        state: What encode fixed in it for this batch.
+        input: The code below (or x), shape ``(batch, *code)``.
+        target: The stage's moved code, or ``None`` for the output stage.
+        output: ``stage`` at ``input`` if it is already known (it was encoded at this input), else ``None``.
+        loss: The network's loss.
+        y: Targets of the batch.
+    """
+
+    objective: AltMinObjective
+    stage: Stage
+    state: BatchState
+    input: Tensor
+    target: Tensor | None
+    output: Tensor | None
+    loss: LocalLoss
+    y: Any
+    residual: Tensor | None = None
+    """``f(input) - target`` of a hidden stage, set by `gradients`."""
+
+    def gradients(self) -> Gradients:
+        """Gradients of this problem alone with respect to the stage's trainable parameters."""
+        stage = self.stage.live(self.input, self.state)
+        gradients = stage.parameter_gradients(self._output_gradient(stage))
+        if self.objective.lambda_w > 0:
+            gradients = [(p, g if (l1 := self._sparsity(p)) is None else g + l1) for p, g in gradients]
+        return gradients
+
+    def _output_gradient(self, stage: StageMap) -> Tensor:
+        output = stage.output() if self.output is None else self.output
+        if self.target is None:
+            return self.loss.mean_gradient(output, self.y)
+        self.residual = output - self.target
+        return self.objective.weight_coupling_gradient(self.residual)
+
+    def _sparsity(self, parameter: nn.Parameter) -> Tensor | None:
+        return self.objective.weight_sparsity_gradient(parameter, self.stage.is_output)
+
+
+class WeightSolver(nn.Module, ABC):
+    """Solves the stages' local problems, through gradients and one optimizer.
+
+    Subclass and write two methods: `optimizer`, called once, and `gradients`, called per stage and batch. A solver
+    that knows the new weights W* outright returns ``W - W*`` and makes an optimizer whose step is ``W -= grad``.
+
+    Attributes:
+        inputs: Which codes the weight step reads; override `inputs_of` to choose per stage.
+        steps: Weight steps per batch, >= 1. All of them together are one optimization step of the batch.
+    """
+
+    inputs: Inputs = "moved"
+    steps: int = 1
+
+    def inputs_of(self, stage: Stage) -> Inputs:
+        """Which codes the weight step of this stage reads."""
+        return self.inputs
+
+    @abstractmethod
+    def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
+        """One optimizer over the trainable parameters of all stages, with a named parameter group per stage.
+
+        Raises:
+            ValueError: If a setting names a stage that does not exist.
+        """
+
+    @abstractmethod
+    def gradients(self, problem: WeightProblem) -> Gradients:
+        """The direction in which the optimizer is to change each parameter of one stage (it will subtract it)."""

@@ -1,0 +1,140 @@
+"""Bad input: a clear error that names the argument, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_altmin import AltMin, AltMinObjective, CodedNetwork, GradientCodes, LocalGradient
+from tests.core.comparisons import assert_bit_equal
+
+SAMPLES, CLASSES = 6, 3
+
+
+def model() -> nn.Sequential:
+    """Two BatchNorms and a Dropout, so that a failed batch could leave traces."""
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(),
+        nn.Linear(5, CLASSES),
+    )  # fmt: skip
+
+
+def inputs() -> Tensor:
+    return torch.randn(SAMPLES, 4)
+
+
+def labels(high: int = CLASSES) -> Tensor:
+    return torch.randint(high, (SAMPLES,))
+
+
+def with_label(label: int) -> Tensor:
+    y = labels()
+    y[2] = label
+    return y
+
+
+def vector_loss(output: Tensor, y: Any) -> Tensor:
+    return output.sum(1)
+
+
+def failing_loss(output: Tensor, y: Any) -> Tensor:
+    raise KeyError("the user's own")
+
+
+CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
+BAD: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
+    "features": (CE, torch.randn(SAMPLES, 3), labels(), ValueError, r"stage '0'.*Linear\(4, 5\).*shape \(6, 3\)"),
+    "x dtype": (CE, torch.ones(SAMPLES, 4, dtype=torch.long), labels(), ValueError, r"stage '0'.*torch.int64"),
+    "batch sizes": (CE, inputs(), labels()[:4], ValueError, r"y has shape \(4,\) for a batch of 6"),
+    "one label": (CE, inputs(), torch.tensor(1), ValueError, r"y has shape \(\) for a batch of 6"),
+    "label above": (CE, inputs(), with_label(CLASSES), ValueError, r"labels from 0 to 3.*0\.\.2"),
+    "label below": (CE, inputs(), with_label(-1), ValueError, r"labels from -1 to .*0\.\.2"),
+    "label dtype": (CE, inputs(), labels().int(), ValueError, r"y has dtype torch.int32"),
+    "label floats": (CE, inputs(), labels().float(), ValueError, r"y holds floats of shape \(6,\)"),
+    "label shape": (CE, inputs(), labels().unsqueeze(1), ValueError, r"shape \(6, 1\)"),
+    "label list": (CE, inputs(), [0, 1, 2, 0, 1, 2], TypeError, "tensor of targets, got list"),
+    "target shape": (MSE, inputs(), torch.randn(SAMPLES), ValueError, r"y has shape \(6,\).*unsqueeze"),
+    "target list": (MSE, inputs(), [0.0] * SAMPLES, ValueError, "y has shape list"),
+    "bce shape": (nn.BCEWithLogitsLoss(), inputs(), torch.rand(SAMPLES, 1), ValueError, "[Ss]ize"),
+    "nll label": (nn.NLLLoss(), inputs(), with_label(9), IndexError, "9"),
+    "loss of samples": (vector_loss, inputs(), labels(), ValueError, r"loss must return a scalar.*\(6,\)"),
+    "failing loss": (failing_loss, inputs(), labels(), KeyError, "the user's own"),
+    "one sample": (CE, torch.randn(1, 4), torch.tensor([0]), ValueError, "more than one sample|more than 1 value"),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_batch_is_refused_and_changes_nothing(name: str, engine: str) -> None:
+    """Catches running statistics, counters, parameters, gradients or optimizer state touched before the refusal."""
+    loss, x, y, error, message = BAD[name]
+    core = AltMin(CodedNetwork(model(), engine), loss)
+    good = torch.randn(SAMPLES, CLASSES) if loss in (MSE,) or isinstance(loss, nn.BCEWithLogitsLoss) else labels()
+    if loss not in (vector_loss, failing_loss):
+        core.step(inputs(), good.sigmoid() if isinstance(loss, nn.BCEWithLogitsLoss) else good)
+    before = copy.deepcopy((core.state_dict(), core.optimizer.state_dict(), core.batches_seen))
+    with pytest.raises(error, match=message):
+        core.step(x, y)
+    after = (core.state_dict(), core.optimizer.state_dict(), core.batches_seen)
+    assert_bit_equal(after, before)
+    assert all(p.grad is None for p in core.network.parameters())
+    assert all(m.training for m in core.network.modules())
+
+
+def test_an_early_batch_norm_is_put_back_when_a_later_one_refuses() -> None:
+    """Catches a half-encoded batch: with one sample a convolution's BatchNorm has enough values, a Linear's has not."""
+    module = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(),
+        nn.Linear(4, 2),
+    )  # fmt: skip
+    core = AltMin(module, nn.CrossEntropyLoss())
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="drop_last=True"):
+        core.step(torch.randn(1, 1, 4, 4), torch.tensor([0]))
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    module.eval()  # in eval mode one sample is as good as many
+    core.step(torch.randn(1, 1, 4, 4), torch.tensor([0]))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AltMinObjective(mu=0.0), "mu must be a positive number, got 0"),
+        (lambda: AltMinObjective(mu=-1.0), "mu must be"),
+        (lambda: AltMinObjective(mu=NAN), "mu must be"),
+        (lambda: AltMinObjective(mu=float("inf")), "mu must be"),
+        (lambda: AltMinObjective(lambda_c=-0.1), "lambda_c must be a number >= 0"),
+        (lambda: AltMinObjective(lambda_w=NAN), "lambda_w must be"),
+        (lambda: AltMinObjective.reference(mu=0), "mu must be"),
+        (lambda: GradientCodes(steps=0), "steps must be an integer >= 1, got 0"),
+        (lambda: GradientCodes(steps=2.5), "steps must be an integer >= 1, got 2.5"),
+        (lambda: GradientCodes(lr=0.0), "lr must be a positive number, got 0"),
+        (lambda: GradientCodes(lr=-0.1), "lr must be"),
+        (lambda: GradientCodes(lr=NAN), "lr must be"),
+        (lambda: GradientCodes(momentum=1.0), r"momentum must lie in \[0, 1\)"),
+        (lambda: GradientCodes(momentum=-0.1), "momentum must"),
+        (lambda: GradientCodes(nesterov=True), "nesterov=True needs momentum"),
+        (lambda: LocalGradient(steps=0), "steps must be an integer >= 1, got 0"),
+        (lambda: LocalGradient(steps=1.5), "steps must be an integer"),
+        (lambda: LocalGradient(inputs="moving"), "inputs must be 'moved' or 'forward', got 'moving'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
+    """Catches a setting that trains nonsense, or fails only at the first batch; the error names argument and value."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("argument", ["objective", "codes", "weights"])
+def test_parts_of_the_wrong_kind_are_refused(argument: str) -> None:
+    """Catches arguments in the wrong place (a code solver for the objective)."""
+    wrong = {"objective": GradientCodes(), "codes": LocalGradient(), "weights": AltMinObjective()}[argument]
+    with pytest.raises(TypeError, match=f"{argument} must be an instance of"):
+        AltMin(model(), nn.CrossEntropyLoss(), **{argument: wrong})

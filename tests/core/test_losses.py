@@ -1,0 +1,244 @@
+"""Oracle: autograd of the user's loss. Its mean as given, and its sum over samples, in closed form where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_altmin import AltMin, GradientCodes
+from lightning_altmin.losses import CallableLoss, CrossEntropy, LocalLoss, MeanSquaredError, ModuleLoss, local_loss
+from tests.core.written_out import batch, network
+
+CLASSES, SAMPLES = 5, 7
+
+
+def labels() -> Tensor:
+    return torch.randint(CLASSES, (SAMPLES,))
+
+
+def weights() -> Tensor:
+    return torch.rand(CLASSES, dtype=torch.float64) + 0.2
+
+
+def some_ignored() -> Tensor:
+    y = labels()
+    y[[1, 4]] = -100
+    return y
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "plain": (lambda: nn.CrossEntropyLoss(), labels),
+    "weights": (lambda: nn.CrossEntropyLoss(weights()), labels),
+    "ignored": (lambda: nn.CrossEntropyLoss(), some_ignored),
+    "ignore a class": (lambda: nn.CrossEntropyLoss(ignore_index=2), labels),
+    "smoothing": (lambda: nn.CrossEntropyLoss(label_smoothing=0.3), labels),
+    "smoothing everything": (lambda: nn.CrossEntropyLoss(label_smoothing=1.0), labels),
+    "weights, ignored": (lambda: nn.CrossEntropyLoss(weights(), ignore_index=2), labels),
+    "weights, smoothing": (lambda: nn.CrossEntropyLoss(weights(), label_smoothing=0.3), labels),
+    "all three": (lambda: nn.CrossEntropyLoss(weights(), ignore_index=1, label_smoothing=0.3), labels),
+    "ignored, smoothing": (lambda: nn.CrossEntropyLoss(label_smoothing=0.3), some_ignored),
+    "soft targets": (
+        lambda: nn.CrossEntropyLoss(weights(), label_smoothing=0.1),
+        lambda: torch.rand(SAMPLES, CLASSES, dtype=torch.float64).softmax(1),
+    ),
+    "function": (lambda: functional.cross_entropy, labels),
+}
+
+
+def gradient(value: Tensor, at: Tensor) -> Tensor:
+    return torch.autograd.grad(value, at)[0]
+
+
+def output() -> Tensor:
+    return torch.randn(SAMPLES, CLASSES, dtype=torch.float64, requires_grad=True)
+
+
+def assert_is_the_loss(ours: LocalLoss, loss: Any, per_sample: Any, out: Tensor, y: Any) -> None:
+    """``loss`` is the batch mean, ``per_sample`` the vector of the samples' losses."""
+    torch.testing.assert_close(ours.mean(out, y), loss(out, y), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(ours.total(out, y), per_sample(out, y).sum(), rtol=1e-13, atol=1e-13)
+    detached = out.detach()
+    torch.testing.assert_close(ours.mean_gradient(detached, y), gradient(loss(out, y), out), rtol=1e-12, atol=1e-12)
+    expected = gradient(per_sample(out, y).sum(), out)
+    torch.testing.assert_close(ours.total_gradient(detached, y), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cross_entropy(name: str) -> None:
+    """Catches class weights, ignored labels or smoothing missing from, or wrongly normalised in, the closed form."""
+    make, targets = CASES[name]
+    loss, y = make(), targets()
+    ours = local_loss(loss)
+    assert isinstance(ours, CrossEntropy)
+
+    def per_sample(out: Tensor, y: Tensor) -> Tensor:
+        options = {} if loss is functional.cross_entropy else {
+            "weight": loss.weight, "ignore_index": loss.ignore_index, "label_smoothing": loss.label_smoothing,
+        }  # fmt: skip
+        return functional.cross_entropy(out, y, reduction="none", **options)
+
+    assert_is_the_loss(ours, loss, per_sample, output(), y)
+
+
+def test_cross_entropy_gradient_by_its_definition() -> None:
+    """Catches an error shared with torch: softmax minus one-hot, by hand, for logits whose softmax is known."""
+    out = torch.log(torch.tensor([[1.0, 2.0, 5.0], [4.0, 4.0, 2.0]], dtype=torch.float64))
+    ours, y = local_loss(nn.CrossEntropyLoss()), torch.tensor([2, 0])
+    total = torch.tensor([[1 / 8, 2 / 8, 5 / 8 - 1], [0.4 - 1, 0.4, 0.2]], dtype=torch.float64)
+    torch.testing.assert_close(ours.total_gradient(out, y), total, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(ours.mean_gradient(out, y), total / 2, rtol=1e-14, atol=1e-15)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    weighted=st.booleans(),
+    smoothing=st.floats(0.0, 1.0),
+    ignored=st.integers(-1, 4),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+@settings(max_examples=80, deadline=None)
+def test_cross_entropy_in_every_combination(
+    seed: int, weighted: bool, smoothing: float, ignored: int, scale: float
+) -> None:
+    """Catches what the listed combinations miss: any weights, smoothing, ignored class and size of the logits."""
+    torch.manual_seed(seed)
+    loss = nn.CrossEntropyLoss(weights() if weighted else None, ignore_index=ignored, label_smoothing=smoothing)
+    y = labels()
+    if bool((y == ignored).all()):
+        y[0] = (ignored + 1) % CLASSES
+    out = (output().detach() * scale).requires_grad_()
+
+    def per_sample(out: Tensor, y: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            out, y, loss.weight, ignore_index=ignored, label_smoothing=smoothing, reduction="none"
+        )
+
+    assert_is_the_loss(local_loss(loss), loss, per_sample, out, y)
+
+
+def test_cross_entropy_per_position() -> None:
+    """Catches positions summed instead of averaged: a sample of an image or sequence loss is its mean over positions."""
+    out = torch.randn(3, CLASSES, 4, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(CLASSES, (3, 4, 2))
+    assert_is_the_loss(
+        local_loss(nn.CrossEntropyLoss()),
+        nn.CrossEntropyLoss(),
+        lambda out, y: torch.stack([functional.cross_entropy(out[i : i + 1], y[i : i + 1]) for i in range(3)]),
+        out,
+        y,
+    )
+
+
+ELEMENTWISE = {
+    "mse": (nn.MSELoss(), lambda d: d.square()),
+    "l1": (nn.L1Loss(), lambda d: d.abs()),
+    "huber": (nn.HuberLoss(delta=0.5), lambda d: torch.where(d.abs() < 0.5, d.square() / 2, 0.5 * (d.abs() - 0.25))),
+}
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 4), (6, 3, 2)])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_losses(name: str, shape: tuple[int, ...]) -> None:
+    """Catches features summed instead of averaged in a regression loss, and a factor of 2."""
+    loss, formula = ELEMENTWISE[name]
+    out, y = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(shape, dtype=torch.float64)
+    ours = local_loss(loss)
+    assert isinstance(ours, MeanSquaredError) == (name == "mse")
+    assert_is_the_loss(ours, loss, lambda out, y: formula(out - y).reshape(6, -1).mean(1), out, y)
+
+
+def test_binary_cross_entropy() -> None:
+    """Catches a loss with options (pos_weight) whose per-sample copy forgets them."""
+    weight = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    loss = nn.BCEWithLogitsLoss(pos_weight=weight)
+    out = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(2, (6, 2)).double()
+
+    def per_sample(out: Tensor, y: Tensor) -> Tensor:
+        return -(weight * y * torch.log(torch.sigmoid(out)) + (1 - y) * torch.log(1 - torch.sigmoid(out))).mean(1)
+
+    assert_is_the_loss(local_loss(loss), loss, per_sample, out, y)
+
+
+def test_a_plain_function_is_a_batch_mean() -> None:
+    """Catches a function's value taken as a sum: its sum over samples is the batch size times its value."""
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return (out - y).abs().pow(1.5).sum(1).mean()
+
+    out, y = output(), torch.randn(SAMPLES, CLASSES, dtype=torch.float64)
+    ours = local_loss(loss)
+    assert isinstance(ours, CallableLoss)
+    assert_is_the_loss(ours, loss, lambda out, y: (out - y).abs().pow(1.5).sum(1), out, y)
+
+
+def test_negative_log_likelihood_after_log_softmax_is_cross_entropy() -> None:
+    """Catches modules after the output layer being dropped: LogSoftmax + NLLLoss must equal CrossEntropyLoss."""
+    plain = network(5, 7, 6, 4)
+    x, y = batch(plain)
+    results = []
+    for module, loss in (
+        (plain, nn.CrossEntropyLoss()),
+        (nn.Sequential(*plain, nn.LogSoftmax(1)), nn.NLLLoss()),
+    ):
+        plain.zero_grad()
+        core = AltMin(module, loss, codes=GradientCodes(steps=3, lr=0.5))
+        step = core.encode(x, y)
+        core.solve_codes(step)
+        core.fill_gradients(step)
+        results.append((step.loss, step.codes, [p.grad for p in plain.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+def test_buffers_of_the_loss_move_with_the_model() -> None:
+    """Catches class weights left in another precision: the per-sample copy shares the user's module's buffers."""
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    core = AltMin(network(5, 7, 4).float(), loss).double()
+    x, y = batch(core.network)
+    core.step(x, y)
+    for ours in (loss.weight, core.local_loss.module.weight, core.local_loss._per_sample.weight):
+        assert ours.dtype == torch.float64
+
+
+def test_reductions_other_than_mean_are_refused() -> None:
+    """Catches a sum taken for a mean; the error says what to pass."""
+    for reduction in ("sum", "none"):
+        with pytest.raises(ValueError, match=r"reduction='mean'"):
+            local_loss(nn.MSELoss(reduction=reduction))
+    with pytest.raises(ValueError, match="reduction"):
+        local_loss(nn.KLDivLoss(reduction="batchmean"))
+
+
+def test_what_is_no_loss_is_refused() -> None:
+    """Catches a class passed for an instance, a non-callable, and a loss with weights that nobody would train."""
+    for wrong in (nn.CrossEntropyLoss, "cross_entropy", None):
+        with pytest.raises(TypeError, match="loss must be"):
+            local_loss(wrong)
+
+    class Trained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(ValueError, match="trainable parameters"):
+        local_loss(Trained())
+
+
+def test_modules_without_reduction_are_functions() -> None:
+    """Catches a user's own loss module being refused; and an already wrapped loss being wrapped twice."""
+
+    class Mean(nn.Module):
+        def forward(self, out: Tensor, y: Tensor) -> Tensor:
+            return (out - y).square().mean()
+
+    ours = local_loss(Mean())
+    assert isinstance(ours, CallableLoss)
+    assert local_loss(ours) is ours
+    assert isinstance(local_loss(functional.mse_loss), MeanSquaredError)
+    assert isinstance(local_loss(nn.SmoothL1Loss()), ModuleLoss)

@@ -1,0 +1,144 @@
+"""verify(): a user's proof that the engines agree on their model; it must find a planted bug and leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_altmin import AltMin, AltMinObjective
+from lightning_altmin.engines.conv import ConvRule
+from lightning_altmin.engines.dropout import DropoutRule
+from lightning_altmin.engines.linear import LinearRule
+from lightning_altmin.engines.normalization import FixedBatchNormRule, LiveBatchNormRule
+from lightning_altmin.nn import LeNet5
+from lightning_altmin.verification import EngineMismatchError, Verification
+from tests.core.comparisons import assert_bit_equal
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(),
+        nn.Linear(48, 8), nn.Tanh(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(5, 1, 6, 6), torch.randint(4, (5,))
+
+
+@pytest.mark.parametrize("name", ["small", "lenet", "regression", "l1"])
+def test_a_sound_model_passes(name: str) -> None:
+    """Catches a check that fails sound models: float32 networks are compared in float64."""
+    x, y = data()
+    if name == "lenet":
+        core, x = AltMin(LeNet5(), nn.CrossEntropyLoss()), torch.randn(5, 1, 28, 28)
+    elif name == "regression":
+        core, y = AltMin(model(), nn.MSELoss()), torch.randn(5, 4)
+    else:
+        core = AltMin(model(), nn.CrossEntropyLoss(), AltMinObjective(lambda_c=0.01, lambda_w=0.02))
+    result = core.verify(x, y)
+    assert 0 <= result.largest <= 1e-12
+    stages = {stage for stage, _, _ in result.differences}
+    assert {s.name for s in core.coded.stages} <= stages
+    trained = [quantity for _, quantity, _ in result.differences if quantity.startswith("gradient")]
+    assert len(trained) == len(list(core.network.parameters()))
+    assert "output" in str(result)
+
+
+def test_nothing_is_left_behind() -> None:
+    """Catches parameters, buffers, modes, gradients, optimizer state, precision or random state touched by the check."""
+    core = AltMin(model(), nn.CrossEntropyLoss())
+    x, y = data()
+    core.step(x, y)
+    core.network[3].eval()
+    before = copy.deepcopy((core.state_dict(), core.optimizer.state_dict()))
+    modes = [m.training for m in core.modules()]
+    kept = x.clone()
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    core.verify(x, y)
+    assert_bit_equal((core.state_dict(), core.optimizer.state_dict()), before)
+    assert [m.training for m in core.modules()] == modes
+    assert all(p.grad is None for p in core.parameters())
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert random.getstate() == python_state
+    assert torch.equal(x, kept)
+    assert core.batches_seen == 1
+    with pytest.raises(ValueError, match="labels"):
+        core.verify(x, y + 10)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def flipped(method: Any) -> Any:
+    return lambda self, *args: -method(self, *args)
+
+
+def only_weight(method: Any) -> Any:
+    return lambda self, *args: method(self, *args)[:1]
+
+
+def not_a_number(method: Any) -> Any:
+    return lambda self, *args: method(self, *args) * float("nan")
+
+
+PLANTED = {
+    "sign of W^T": (LinearRule, "input_gradient", flipped),
+    "NaN": (LinearRule, "input_gradient", not_a_number),
+    "a bias forgotten": (LinearRule, "parameter_gradients", only_weight),
+    "a filter's bias forgotten": (ConvRule, "parameter_gradients", only_weight),
+    "normalisation of the code step": (
+        FixedBatchNormRule, "_affine", lambda method: lambda self, state: (state.inverse_deviation, -state.mean),
+    ),
+    "normalisation of the weight step": (LiveBatchNormRule, "input_gradient", flipped),
+    "mask of the code step": (DropoutRule, "input_gradient", lambda method: lambda self, grad, at: grad),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that passes wrong engines: each of these mistakes must raise."""
+    rule, method, plant = PLANTED[name]
+    core, (x, y) = AltMin(model(), nn.CrossEntropyLoss()), data()
+    with torch.no_grad():
+        core.network[3].weight.uniform_(0.5, 2.0)
+    core.verify(x, y)
+    monkeypatch.setattr(rule, method, plant(getattr(rule, method)))
+    with pytest.raises(EngineMismatchError, match=r"engines differ by"):
+        core.verify(x, y)
+
+
+def test_a_wrong_hold_on_statistics_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches running statistics that differ between the engines."""
+    core, (x, y) = AltMin(model(), nn.CrossEntropyLoss()), data()
+    encode = FixedBatchNormRule.encode
+
+    def twice(self: Any, x: Tensor) -> Any:
+        encode(self, x)
+        return encode(self, x)
+
+    monkeypatch.setattr(FixedBatchNormRule, "encode", twice)
+    with pytest.raises(EngineMismatchError, match="buffer"):
+        core.verify(x, y)
+
+
+def test_largest_of_differences() -> None:
+    """Catches a NaN that a comparison with > would overlook."""
+    assert Verification([("a", "b", 0.1), ("a", "c", 0.3)]).largest == 0.3
+    largest = Verification([("a", "b", 0.1), ("a", "c", float("nan")), ("a", "d", 0.2)]).largest
+    assert largest != largest
+
+
+def test_tolerance_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tolerance that is not passed on: a relative error of 1e-7 passes 1e-5 and fails the default."""
+    core, (x, y) = AltMin(model(), nn.CrossEntropyLoss()), data()
+    right = LinearRule.input_gradient
+    monkeypatch.setattr(LinearRule, "input_gradient", lambda self, *args: right(self, *args) * (1 + 1e-7))
+    assert 1e-10 < core.verify(x, y, tolerance=1e-5).largest <= 1e-5
+    with pytest.raises(EngineMismatchError, match="more than 1.0e-10"):
+        core.verify(x, y)

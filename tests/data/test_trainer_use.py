@@ -1,0 +1,166 @@
+"""What the Trainer does with the data modules besides resuming."""
+
+import gc
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import Dataset
+
+from lightning_altmin.data import DatasetSource, IndexedDataModule, Sources, TensorSource
+from tests.data.resume_harness import Recorder, fit
+
+
+class Numbers(IndexedDataModule):
+    """Twenty samples; sample i has target i."""
+
+    @property
+    def num_classes(self) -> int:
+        return 20
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (1,)
+
+    def load_sources(self) -> Sources:
+        return Sources(TensorSource(torch.arange(20.0)[:, None], torch.arange(20)))
+
+
+def test_fit_without_validation_data() -> None:
+    """Catches a validation loop over nothing, about which Lightning warns (and warnings are errors here)."""
+    validations = []
+
+    class Watch(Callback):
+        def on_validation_start(self, *_: Any) -> None:
+            validations.append(1)
+
+    module = fit(Numbers(5), 1, 0, [Watch()], None, max_epochs=2)
+    assert len(module.steps) == 8
+    assert validations == []
+
+
+def test_validation_is_asked_for_in_vain() -> None:
+    """Catches `validate` and `test` over nothing, and an error that does not say what is missing."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    data = Numbers(5)
+    with pytest.raises(RuntimeError, match="Numbers was set up without validation data"):
+        trainer.validate(Recorder(1), datamodule=data, verbose=False)
+    data.setup("fit")
+    assert not data.has_validation
+
+
+def test_validation_runs_where_there_is_data() -> None:
+    """Catches a hidden validation hook that stays hidden when the data module is used again."""
+    data = Numbers(5, val_split=4)
+    data.setup("fit")
+    assert data.has_validation
+    assert len(next(iter(data.val_dataloader()))[1]) == 4
+
+
+def test_overfitted_batches_are_the_same_every_epoch() -> None:
+    """Catches `overfit_batches` that shows other samples every epoch because our loader has no sampler to replace."""
+    module = fit(Numbers(5), 1, 0, [], None, max_epochs=3, overfit_batches=2)
+    assert [ids for ids, _, _ in module.steps] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] * 3
+
+
+def test_several_processes_are_refused() -> None:
+    """Catches processes that all train on the same batches while seeming to share the work."""
+    data = Numbers(5)
+    data.setup("fit")
+    data.trainer = SimpleNamespace(world_size=2, overfit_batches=0)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="serves one process, but the Trainer has 2"):
+        data.train_dataloader()
+
+
+class NumberedItems(Dataset[tuple[torch.Tensor, int]]):
+    """Sample i is the vector (i)."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor([float(index)]), index
+
+
+class ReadByWorker(Numbers):
+    """The same samples read by another process, for training and validation."""
+
+    def load_sources(self) -> Sources:
+        return Sources(DatasetSource(NumberedItems(), num_workers=1), val=DatasetSource(NumberedItems(), num_workers=1))
+
+
+@pytest.mark.parametrize("flags", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 3}])
+def test_no_worker_outlives_the_fit(flags: dict[str, int]) -> None:
+    """Catches reading processes that stay until some later garbage collection, which then waits for each of them."""
+    gc.disable()
+    try:
+        fit(ReadByWorker(5), 1, 0, [], None, **flags)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_checkpoint_of_other_batches_is_refused(tmp_path: Path) -> None:
+    """Catches a run resumed inside an epoch with another batch size: samples would be lost or repeated."""
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    fit(Numbers(5), 1, 0, [Save()], None, max_epochs=1)
+    with pytest.raises(ValueError, match="batch_size was 5, now 4"):
+        fit(Numbers(4), 1, 0, [], tmp_path / "saved.ckpt", max_epochs=1)
+
+
+EMPTY = TensorSource(torch.zeros(0, 1), torch.zeros(0))
+SOME = TensorSource(torch.zeros(4, 1), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (Sources(EMPTY), "the training data has no samples"),
+        (Sources(SOME, test=EMPTY), "the test data has no samples"),
+        (Sources(SOME, val=EMPTY), "the validation data has no samples"),
+    ],
+)
+def test_empty_parts_are_refused(sources: Sources, message: str) -> None:
+    """Catches training, or testing, on nothing without a word."""
+
+    class Given(Numbers):
+        def load_sources(self) -> Sources:
+            return sources
+
+    with pytest.raises(ValueError, match=message):
+        Given(2).setup("fit")
+
+
+def test_data_is_read_once() -> None:
+    """Catches data read again, and split again, by each of fit, validate and test."""
+    reads = []
+
+    class Counting(Numbers):
+        def load_sources(self) -> Sources:
+            reads.append(1)
+            return super().load_sources()
+
+    data = Counting(5)
+    for stage in ("fit", "validate", "test", "predict"):
+        data.setup(stage)
+    assert len(reads) == 1
+
+
+def test_closed_epoch_says_so() -> None:
+    """Catches an iterator that seems to be at its end because the fit it belonged to was torn down."""
+    data = Numbers(5)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    next(batches)
+    data.teardown("fit")
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(batches)

@@ -1,0 +1,145 @@
+"""What a batch fixes: BatchNorm's statistics, updated once and equal to PyTorch's; one random draw in all phases."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_altmin.engines import StageEngine, stage_engine
+from tests.engines.catalogue import CASES, Case, largest_difference
+
+ENGINES = ["closed_form", "autograd"]
+NORMS = {name: case for name, case in CASES.items() if name.startswith("batch-norm")}
+
+
+def use_everywhere(engine: StageEngine, x: Tensor, state: Any, steps: int = 3) -> None:
+    """What the code step and the weight step do with a stage after encode."""
+    for _ in range(steps):
+        for view in (engine.fixed, engine.live):
+            at = view(x + torch.randn_like(x), state)
+            at.input_gradient(torch.ones_like(at.output()))
+        live = engine.live(x + torch.randn_like(x), state)
+        live.parameter_gradients(torch.ones_like(live.output()))
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("case", NORMS.values(), ids=NORMS.keys())
+def test_running_statistics_are_updated_once_and_as_pytorch_does(case: Case, kind: str) -> None:
+    """Catches statistics updated again in the code or weight step (as in the official code), by moved codes, by a
+    wrong momentum, or not at all; three batches, so that momentum=None averages."""
+    module = case.module()
+    twin = copy.deepcopy(module)
+    engine = stage_engine([module], kind)
+    for _ in range(3):
+        x = case.input() + torch.randn(1, dtype=torch.float64)
+        twin(x)
+        _, state = engine.encode(x)
+        use_everywhere(engine, x, state)
+    assert module.state_dict().keys() == twin.state_dict().keys()
+    for ours, expected in zip(module.buffers(), twin.buffers(), strict=True):
+        assert largest_difference(ours.double(), expected.double()) <= 1e-14
+    assert [m.training for m in module.modules()] == [m.training for m in twin.modules()]
+    assert getattr(module, "track_running_stats", None) == getattr(twin, "track_running_stats", None)
+
+
+class Block(nn.Module):
+    """A block only autograd can serve, with a BatchNorm and noise inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.drop = nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.norm(self.layer(x)))
+
+
+def test_statistics_inside_a_block_are_updated_once() -> None:
+    """Catches the same inside a module that is opaque to the closed form."""
+    block = Block().double()
+    twin = copy.deepcopy(block)
+    engine = stage_engine([block])
+    assert engine.kind == "autograd"
+    for seed in range(3):
+        x = torch.randn(6, 5, dtype=torch.float64)
+        torch.manual_seed(seed)
+        twin(x)
+        torch.manual_seed(seed)
+        _, state = engine.encode(x)
+        use_everywhere(engine, x, state)
+    for ours, expected in zip(block.buffers(), twin.buffers(), strict=True):
+        assert largest_difference(ours.double(), expected.double()) <= 1e-14
+
+
+def test_a_batch_norm_used_twice_in_a_stage_is_refused() -> None:
+    """Catches the second use's statistics silently standing in for the first's in the code step."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.layer(self.norm(x)))
+
+    with pytest.raises(ValueError, match="more than once"):
+        stage_engine([Twice()]).encode(torch.randn(4, 3))
+
+
+DROPOUTS = {n: c for n, c in CASES.items() if n.startswith("dropout") and n not in ("dropout-eval", "dropout-nothing")}
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("case", DROPOUTS.values(), ids=DROPOUTS.keys())
+def test_one_mask_in_all_phases(case: Case, kind: str) -> None:
+    """Catches a new mask in the code or weight step: with x = 1 the output and the gradient are both the mask."""
+    engine = stage_engine([case.module()], kind)
+    ones = torch.ones(case.shape, dtype=torch.float64)
+    mask, state = engine.encode(ones)
+    assert set(mask.unique().tolist()) <= {0.0, 1 / (1 - 0.4)}
+    torch.rand(3)  # somebody else uses the generator meanwhile
+    before = torch.get_rng_state()
+    for view in (engine.fixed, engine.live):
+        at = view(2 * ones, state)
+        assert torch.equal(at.output(), 2 * mask)
+        assert torch.equal(at.input_gradient(3 * ones), 3 * mask)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_new_batch_gets_a_new_mask_and_pytorchs_own(kind: str) -> None:
+    """Catches a mask kept from batch to batch, and a stream of random numbers that differs from plain PyTorch's."""
+    module = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5))
+    engine = stage_engine(list(module), kind)
+    x = torch.randn(8, 8)
+    random = torch.get_rng_state()
+    first, second = engine.encode(x)[0], engine.encode(x)[0]
+    assert not torch.equal(first, second)
+    torch.set_rng_state(random)
+    assert torch.equal(first, module(x))
+    assert torch.equal(second, module(x))
+
+
+class Noise(nn.Module):
+    """A random module without a mask that anyone could keep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.randn(x.shape, dtype=x.dtype)
+
+
+def test_random_modules_without_a_mask_are_replayed() -> None:
+    """Catches noise that changes between the phases of a batch, and phases that advance the generator."""
+    engine = stage_engine([Noise(), nn.Tanh()])
+    x = torch.ones(5, 4, dtype=torch.float64)
+    output, state = engine.encode(x)
+    before = torch.get_rng_state()
+    for view in (engine.fixed, engine.live):
+        assert torch.equal(view(x, state).output(), output)
+        noise = torch.atanh(output)
+        expected = (1 - output.square()) * noise
+        torch.testing.assert_close(view(x, state).input_gradient(torch.ones_like(x)), expected, rtol=0, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(engine.encode(x)[0], output)
