@@ -206,9 +206,7 @@ def planned(name: str, suite: Suite, phase: str, rows: list[Row]) -> list[Row]:
 def best(rows: list[Row], suite: str, network: str, method: str, epochs: int) -> Setting:
     """The setting with the highest validation accuracy."""
     tuned = [
-        r
-        for r in rows
-        if (r.suite, r.phase, r.network, r.method, r.epochs) == (suite, "tune", network, method, epochs)
+        r for r in rows if (r.suite, r.phase, r.network, r.method, r.epochs) == (suite, "tune", network, method, epochs)
     ]
     if not tuned:
         raise SystemExit(f"no tuning runs of {method} on {network} ({epochs} epochs): run `tune` first")

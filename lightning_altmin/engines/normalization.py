@@ -79,9 +79,7 @@ class LiveBatchNormRule(Rule):
         norm = self.module
         if not state.from_batch:
             return FixedBatchNormRule(norm).forward(x, state)[0], (state.mean, state.inverse_deviation)
-        y, mean, inverse_deviation = torch.native_batch_norm(
-            x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
-        )
+        y, mean, inverse_deviation = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
         return y, (mean, inverse_deviation)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:

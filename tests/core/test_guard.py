@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, ASGD, Adam, AdamW, NAdam, RMSprop, Rprop
+from torch.optim import ASGD, SGD, Adam, AdamW, NAdam, RMSprop, Rprop
 
 from lightning_altmin import AltMin, LocalGradient, altmin
 from lightning_altmin.guard import DeferredGuard, Guard, ImmediateGuard, NonFiniteError, guard_for

@@ -43,7 +43,7 @@ def problems(core: AltMin, x: Tensor, y: Any) -> list[tuple[CodeProblem, int]]:
 def test_the_step_is_exact_for_every_sample(mu: float, engine: str) -> None:
     """Catches a step length that is wrong, shared by the batch, or computed at the wrong point.
 
-    At the exact optimum along a sample's gradient g the new gradient of J (by autograd, written out) is orthogonal to g.
+    At the exact optimum along a sample's gradient g the new gradient of J (by autograd) is orthogonal to g.
     """
     module, functions, x, y = quadratic()
     core = core_for(module, mu, nn.MSELoss(), engine)

@@ -1,4 +1,4 @@
-"""Oracle: autograd of the user's loss. Its mean as given, and its sum over samples, in closed form where there is one."""
+"""Oracle: autograd of the user's loss. Its mean as given and its sum over samples, in closed form or not."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_cross_entropy_in_every_combination(
 
 
 def test_cross_entropy_per_position() -> None:
-    """Catches positions summed instead of averaged: a sample of an image or sequence loss is its mean over positions."""
+    """Catches positions summed, not averaged: a sample of an image or sequence loss is its mean over positions."""
     out = torch.randn(3, CLASSES, 4, 2, dtype=torch.float64, requires_grad=True)
     y = torch.randint(CLASSES, (3, 4, 2))
     assert_is_the_loss(

@@ -1,4 +1,4 @@
-"""Oracle: autograd of each stage's own problem, written out. Stages are independent; inner steps are evaluations anew."""
+"""Oracle: autograd of each stage's own problem, written out. Stages are independent; inner steps evaluate anew."""
 
 from __future__ import annotations
 

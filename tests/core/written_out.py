@@ -1,10 +1,11 @@
-"""The algorithm written out a second time, as the paper states it: the whole objective and torch.autograd, nothing else.
+"""The algorithm written out a second time, as the paper states it: the objective and torch.autograd, nothing else.
 
 The library never builds the objective; here it is one expression, and every gradient is autograd's of that expression.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def cross_entropy_total(output: Tensor, y: Tensor) -> Tensor:
 def network(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     """A float64 multilayer perceptron."""
     layers: list[nn.Module] = []
-    for width_in, width in zip(widths, widths[1:], strict=False):
+    for width_in, width in itertools.pairwise(widths):
         layers += [nn.Linear(width_in, width), activation()]
     return nn.Sequential(*layers[:-1]).double()
 

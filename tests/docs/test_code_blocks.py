@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from lightning_altmin import AltMin, AltMinModule, BackpropModule
 from lightning_altmin.cli import AltMinCLI
+from lightning_altmin.engines import ClosedFormEngine
 from tests.docs.markdown import Block, blocks, pages
 
 WITH_PYTHON = [page for page in pages() if any(block.language == "python" for block in blocks(page))]
@@ -28,8 +30,10 @@ def printed_output(page_blocks: list[Block], index: int) -> str | None:
 
 @pytest.fixture
 def _calm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run in an empty folder, and without the Trainer's advice on small loaders and absent validation."""
+    """Run in an empty folder, without the Trainer's advice on small loaders, and forget rules that a page registers."""
     monkeypatch.chdir(tmp_path)
+    rules = sys.modules[ClosedFormEngine.__module__]
+    monkeypatch.setattr(rules, "_RULES", dict(vars(rules)["_RULES"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
         yield

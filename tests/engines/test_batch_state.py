@@ -30,7 +30,8 @@ def use_everywhere(engine: StageEngine, x: Tensor, state: Any, steps: int = 3) -
 @pytest.mark.parametrize("case", NORMS.values(), ids=NORMS.keys())
 def test_running_statistics_are_updated_once_and_as_pytorch_does(case: Case, kind: str) -> None:
     """Catches statistics updated again in the code or weight step (as in the official code), by moved codes, by a
-    wrong momentum, or not at all; three batches, so that momentum=None averages."""
+    wrong momentum, or not at all; three batches, so that momentum=None averages.
+    """
     module = case.module()
     twin = copy.deepcopy(module)
     engine = stage_engine([module], kind)

@@ -16,7 +16,8 @@ from tests.engines.compositions import chains
 @settings(max_examples=100, deadline=None)
 def test_engines_agree_on_random_compositions(chain: tuple[nn.Sequential, Tensor], freeze: bool) -> None:
     """Catches rules that are right alone and wrong together: a gradient handed on in the wrong place, order or shape,
-    a state given to the wrong layer, a frozen layer that cuts the layers below it off."""
+    a state given to the wrong layer, a frozen layer that cuts the layers below it off.
+    """
     network, x = chain
     modules = list(network)
     if not modules:

@@ -119,7 +119,8 @@ def test_convolution(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", [n for n in LAYERS if n.startswith("batch-norm") and "eval" not in n])
 def test_batch_norm_in_training(name: str, kind: str) -> None:
     """Catches, in the code step, statistics other than encode's or differentiated through; in the weight step,
-    statistics other than the input's own or treated as constants; and an unbiased variance."""
+    statistics other than the input's own or treated as constants; and an unbiased variance.
+    """
     module, x = LAYERS[name].module(), LAYERS[name].input()
     held = normalization(*batch_statistics(x), module.eps)
     assert_engine_computes(kind, module, x, x + torch.randn_like(x), held, live_normalization(module.eps))
@@ -168,7 +169,8 @@ FORMULAS: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(name: str, kind: str) -> None:
     """Catches a wrong function or a wrong parameter (slope, alpha, beta, threshold, range) of an activation; slopes
-    are held against central differences of the formula."""
+    are held against central differences of the formula.
+    """
     points = [-8.0, -2.1, -0.7, -0.2, 0.3, 0.9, 1.2, 1.6, 2.5, 5.0, 6.6, 21.0]
     x = torch.tensor([points], dtype=torch.float64)
     engine = stage_engine([ACTIVATIONS[name]()], kind)

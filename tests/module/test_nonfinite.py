@@ -61,7 +61,7 @@ def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("batch", [0, 3])
 @pytest.mark.parametrize("factory", [momentum, torch.optim.Adam])
 def test_raise_names_the_batch_and_changes_nothing(factory: Any, batch: int, value: float) -> None:
-    """Catches a wrong number, running statistics that are poisoned by encode, and optimizer state that took the step."""
+    """Catches a wrong number, running statistics that are poisoned by encode, optimizer state that took the step."""
     module = AltMinModule(network(norm=True), weights=LocalGradient(factory))
     before = BeforeBatch(batch)
     fit = trainer(max_epochs=2, callbacks=[before])
