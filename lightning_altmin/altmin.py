@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.codes import CodeProblem, CodeSolver, LineSearchCodes
+from lightning_altmin.codes import CodeProblem, CodeSolver, CurvatureCodes
 from lightning_altmin.engines import BatchState, Gradients
 from lightning_altmin.engines.batch_norm_state import batch_norms
 from lightning_altmin.guard import Buffers, Guard, Policy, guard_for
@@ -40,7 +40,7 @@ class Step:
         output: The network's output before the update, shape ``(batch, *output)``.
         loss: The loss at ``output``, a scalar (not yet looked at: no device sync).
         codes_forward: Forward codes, one tensor ``(batch, *code)`` per hidden stage.
-        codes: The same, moved by the code step.
+        moves: How far the code step moved each code, shaped like the codes.
         residuals: Per hidden stage ``||f_l(input) - c_l||^2``, batch mean, before the weights moved.
     """
 
@@ -49,13 +49,24 @@ class Step:
     output: Tensor
     loss: Tensor
     codes_forward: list[Tensor]
-    codes: list[Tensor]
+    moves: list[Tensor]
     residuals: list[Tensor] = field(default_factory=list)
     number: int = 0
     """Number of the batch, counted from 0 since training began."""
+    _signals: list[Tensor | None] = field(default_factory=list, repr=False)
     _states: list[BatchState] = field(default_factory=list, repr=False)
     _buffers: Buffers | None = field(default=None, repr=False)
     _keep: bool = field(default=True, repr=False)
+
+    @property
+    def codes(self) -> list[Tensor]:
+        """The moved codes, ``codes_forward + moves``."""
+        return [forward + move for forward, move in zip(self.codes_forward, self.moves, strict=True)]
+
+    def moved_code(self, level: int, last_use: bool) -> Tensor:
+        """One moved code; at its last use the forward code's memory is taken for it."""
+        forward, move = self.codes_forward[level], self.moves[level]
+        return forward.add_(move) if last_use else forward + move
 
 
 class AltMin(nn.Module):
@@ -90,7 +101,7 @@ class AltMin(nn.Module):
         self.local_loss = local_loss(loss)
         self.loss = loss  # registered if it is a module, so that its buffers move with this one
         self.objective = AltMinObjective() if objective is None else objective
-        self.codes = LineSearchCodes() if codes is None else codes
+        self.codes = CurvatureCodes() if codes is None else codes
         self.weights = LocalGradient() if weights is None else weights
         for name, value, kind in (
             ("objective", self.objective, AltMinObjective),
@@ -99,6 +110,7 @@ class AltMin(nn.Module):
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
+        self.codes.prepare(self.coded.depth)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self._nonfinite: Policy = nonfinite
         self._guard: Guard = guard_for(torch.device("cpu"), nonfinite)
@@ -115,8 +127,8 @@ class AltMin(nn.Module):
         Args:
             x: Inputs, shape ``(batch, *features)``.
             y: Targets, first dimension ``batch``.
-            keep_codes: Keep forward and moved codes and the residuals in the result; ``False`` frees each forward
-                code as soon as nothing needs it.
+            keep_codes: Keep codes, moves and residuals in the result; ``False`` moves the codes in place, and the
+                result then has none of them.
 
         Returns:
             The batch's codes, loss and residuals; nothing in it has been looked at, so no device sync happened.
@@ -141,7 +153,7 @@ class AltMin(nn.Module):
         if not self._split_verified:
             self.coded.verify_split(x)
             self._split_verified = True
-        buffers = Buffers(self.network)
+        buffers = Buffers(self.network, self.codes)
         with buffers.restored_on_error():
             encoding = self.coded.encode(x)
             self.local_loss.check(encoding.output, y)
@@ -149,19 +161,32 @@ class AltMin(nn.Module):
             if loss.dim() != 0:
                 raise ValueError(f"loss must return a scalar (a mean over the batch), got shape {tuple(loss.shape)}")
         number, self.batches_seen = self.batches_seen, self.batches_seen + 1
-        codes = list(encoding.codes)
+        moves = [code.new_zeros(()).expand_as(code) for code in encoding.codes]  # not moved yet, no memory
+        signals: list[Tensor | None] = [None] * self.coded.depth
         return Step(
-            x, y, encoding.output, loss, encoding.codes, codes, [], number, encoding.states, buffers, keep_codes
+            x,
+            y,
+            encoding.output,
+            loss,
+            encoding.codes,
+            moves,
+            [],
+            number,
+            signals,
+            encoding.states,
+            buffers,
+            keep_codes,
         )
 
     @torch.no_grad()
     def solve_codes(self, step: Step) -> None:
         """Phase 2: from the top code down, each code is moved, with the already moved code above it as target."""
-        needs_forward = [self.weights.inputs_of(stage) == "forward" for stage in self.coded.stages]
+        signal: Tensor | None = None
         for problem, level in self.code_problems(step):
-            step.codes[level] = self.codes.solve(problem)
-            if not step._keep and level + 1 < len(step.codes) and not any(needs_forward[level + 1 : level + 3]):
-                step.codes_forward[level + 1] = step.codes[level + 1]  # its forward value is no longer needed
+            step.moves[level] = self.codes.solve(problem)
+            if problem.rate is not None:
+                signal = problem.rate if signal is None else problem.rate * signal
+            step._signals[level] = signal
 
     @torch.no_grad()
     def fill_gradients(self, step: Step, inner: int = 0) -> bool:
@@ -181,6 +206,8 @@ class AltMin(nn.Module):
             gradients += self.weights.gradients(problem)
             if step._keep and problem.residual is not None:
                 step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
+        if not step._keep and inner == self.weights.steps - 1:
+            step.codes_forward, step.moves = [], []
         assert step._buffers is not None
         admitted = self.guard.admit(step.number, gradients, self._evidence(step), step._buffers)
         for parameter, gradient in admitted:
@@ -200,29 +227,36 @@ class AltMin(nn.Module):
                     state=step._states[level + 1],
                     forward=step.codes_forward[level],
                     forward_output=step.output if level == top else step.codes_forward[level + 1],
-                    target=None if level == top else step.codes[level + 1],
+                    target_move=None if level == top else step.moves[level + 1],
                     loss=self.local_loss,
                     y=step.y,
+                    level=level,
+                    batch=step.number,
                 ),
                 level,
             )
 
     def weight_problems(self, step: Step, inner: int = 0) -> Iterator[WeightProblem]:
-        """The stages' problems, in any order the same: none depends on another's result."""
+        """The stages' problems; none depends on another's result."""
         outputs = [*step.codes_forward, step.output]
+        overwrites = not step._keep and inner == self.weights.steps - 1
         for level, stage in enumerate(self.coded.stages):
-            forward = self.weights.inputs_of(stage) == "forward"
-            below = step.codes_forward if forward else step.codes
-            known = inner == 0 and (forward or level == 0)  # encoded at exactly this input
+            forward = level == 0 or self.weights.inputs_of(stage) == "forward"
+            if level == 0:
+                below = step.x
+            else:
+                below = step.codes_forward[level - 1] if forward else step.moved_code(level - 1, overwrites)
             yield WeightProblem(
                 objective=self.objective,
                 stage=stage,
                 state=step._states[level],
-                input=step.x if level == 0 else below[level - 1],
-                target=None if stage.is_output else step.codes[level],
-                output=outputs[level] if known else None,
+                input=below,
+                forward_output=outputs[level],
+                move=None if stage.is_output else step.moves[level],
+                known=inner == 0 and forward,  # encoded at exactly this input
                 loss=self.local_loss,
                 y=step.y,
+                signal=None if stage.is_output else step._signals[level],
             )
 
     # ---------------------------------------------------------------- state
@@ -250,6 +284,13 @@ class AltMin(nn.Module):
         if (device.type == "cpu") != (self._guard.__class__ is guard_for(torch.device("cpu"), "raise").__class__):
             self._guard = guard_for(device, self._nonfinite)
         return self._guard
+
+    def get_extra_state(self) -> Tensor:
+        """The number of batches seen: solvers that measure now and then go on measuring at the same batches."""
+        return torch.tensor(self.batches_seen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.batches_seen = int(state)
 
     def explain(self, x: Tensor | None = None) -> str:
         """A table of the stages; see `CodedNetwork.explain`."""

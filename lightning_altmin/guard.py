@@ -26,10 +26,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Buffers:
-    """The network's buffers before a batch, to put back if the batch is bad or fails."""
+    """The buffers of some modules before a batch, to put back if the batch is bad or fails."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self._buffers = [buffer for buffer in network.buffers() if buffer is not None]
+    def __init__(self, *modules: nn.Module) -> None:
+        self._buffers = [buffer for module in modules for buffer in module.buffers() if buffer is not None]
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def restore(self) -> None:

@@ -34,7 +34,7 @@ class AltMinModule(SupervisedModule):
         network: The network, trained in place; see `CodedNetwork` for what can be split. ``None`` calls
             `build_network`, which a subclass overrides.
         loss: ``loss(output, target)``, a mean over the batch; cross-entropy if not given.
-        codes: How codes are moved; `LineSearchCodes` if not given.
+        codes: How codes are moved; `CurvatureCodes` if not given.
         weights: How weights are changed; `LocalGradient` with its defaults if not given.
         objective: Constants of the objective; `AltMinObjective` with its defaults if not given.
         metrics: torchmetrics to log in validation and test; accuracy for class and binary targets if not given.
@@ -209,7 +209,8 @@ class AltMinModule(SupervisedModule):
     def on_train_start(self) -> None:
         """Begin with the gradients that were being accumulated when the checkpoint was written, if there is one."""
         super().on_train_start()
-        self.core.batches_seen = self.trainer.fit_loop.total_batch_idx + 1
+        if not self.resuming:
+            self.core.batches_seen = 0
         pending = self._saved_pending if self.resuming and self._saved_pending else _NOTHING_PENDING
         self._pending, self._admitted = pending["batches"], pending["admitted"]
         self._saved_pending = None

@@ -82,12 +82,12 @@ def _compare(mine: AltMin, oracle: AltMin, x: Tensor, y: Any, random: dict[str, 
     problems = zip(mine.code_problems(steps[0]), oracle.code_problems(steps[1]), strict=True)
     with torch.no_grad():
         for (ours, level), (theirs, _) in problems:
-            name, gradient = names[level], ours.gradient(ours.forward)
-            rows.append((name, "code gradient, forward", _difference(gradient, theirs.gradient(theirs.forward))))
-            moved = ours.forward - gradient
-            rows.append((name, "code gradient, moved", _difference(ours.gradient(moved), theirs.gradient(moved))))
+            name, gradient = names[level], ours.gradient()
+            rows.append((name, "code gradient, forward", _difference(gradient, theirs.gradient())))
+            move = -gradient
+            rows.append((name, "code gradient, moved", _difference(ours.gradient(move), theirs.gradient(move))))
             for step in steps:
-                step.codes[level] = moved
+                step.moves[level] = move
         for ours_w, theirs_w in zip(mine.weight_problems(steps[0]), oracle.weight_problems(steps[1]), strict=True):
             gradients, expected = dict(ours_w.gradients()), dict(theirs_w.gradients())
             for parameter, twin in zip(ours_w.stage.parameters(), theirs_w.stage.parameters(), strict=True):

@@ -112,7 +112,7 @@ def _residuals(core: AltMin, network: CodedNetwork, step: Step) -> list[Tensor]:
     """``||f_l(input) - c_l||^2`` of every hidden layer of ``network``, averaged over the batch."""
     residuals = []
     for stage, problem in zip(network.stages, core.weight_problems(step), strict=True):
-        if problem.target is not None:
+        if problem.move is not None:
             residual = stage.live(problem.input, problem.state).output() - problem.target
             residuals.append(residual.square().sum() / residual.shape[0])
     return residuals

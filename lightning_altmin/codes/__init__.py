@@ -1,7 +1,8 @@
 """Code solvers: one algorithm, one file."""
 
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
+from lightning_altmin.codes.curvature import CurvatureCodes
 from lightning_altmin.codes.gradient import GradientCodes
 from lightning_altmin.codes.line_search import LineSearchCodes
 
-__all__ = ["CodeProblem", "CodeSolver", "GradientCodes", "LineSearchCodes"]
+__all__ = ["CodeProblem", "CodeSolver", "CurvatureCodes", "GradientCodes", "LineSearchCodes"]

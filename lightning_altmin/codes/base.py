@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines import BatchState
@@ -18,6 +19,9 @@ from lightning_altmin.objective import AltMinObjective
 class CodeProblem:
     """The problem of one code c_l, all other codes held: the terms of the objective in which it appears.
 
+    The unknown is the code's *move* ``c_l - c_l_forward``, and not ``c_l``: moves get smaller on the way down, and a
+    small difference of two stored codes would be rounding noise.
+
     Attributes:
         objective: Constants and reductions.
         above: The stage that reads this code.
@@ -25,9 +29,13 @@ class CodeProblem:
         forward: c_l at its forward value, where the problem starts and to which it is anchored; shape
             ``(batch, *code)``.
         forward_output: ``above`` at ``forward``, known from encode.
-        target: The moved code above, or ``None`` for the top code, whose stage above is judged by the loss.
+        target_move: Move of the code above, or ``None`` for the top code, whose stage above is judged by the loss.
         loss: The network's loss.
         y: Targets of the batch.
+        level: Index of the code, counted from 0 at the bottom.
+        batch: Number of the batch since training began.
+        rate: Set by a solver whose step lengths vary from batch to batch: the share of a plain step of rate 1 that it
+            took, a scalar. The weight step divides by these shares; see `WeightProblem.signal`.
     """
 
     objective: AltMinObjective
@@ -35,56 +43,86 @@ class CodeProblem:
     state: BatchState
     forward: Tensor
     forward_output: Tensor
-    target: Tensor | None
+    target_move: Tensor | None
     loss: LocalLoss
     y: Any
+    level: int
+    batch: int
+    rate: Tensor | None = None
 
-    def gradient(self, code: Tensor) -> Tensor:
-        """Gradient of ``J / mu`` summed over samples, at ``code``. Costs no forward pass at ``self.forward``."""
+    @property
+    def is_top(self) -> bool:
+        """Whether the stage above is the output stage, judged by the loss."""
+        return self.target_move is None
+
+    @property
+    def target(self) -> Tensor:
+        """The moved code above, shaped like ``forward_output``; the top code has none.
+
+        Raises:
+            ValueError: If this is the top code's problem.
+        """
+        if self.target_move is None:
+            raise ValueError("the top code has no target: the stage above it is judged by the loss")
+        return self.forward_output + self.target_move
+
+    def gradient(self, move: Tensor | None = None) -> Tensor:
+        """Gradient of ``J / mu``, summed over samples, at ``forward + move``; without a move it costs no forward."""
+        code = self.forward if move is None else self.forward + move
         stage = self.above.fixed(code, self.state)
-        at_start = code is self.forward
-        output = self.forward_output if at_start else stage.output()
-        gradient = stage.input_gradient(self._output_gradient(output))
-        anchor = None if at_start else self.objective.code_anchor_gradient(code - self.forward)
+        gradient = stage.input_gradient(self._output_gradient(None if move is None else stage.output()))
+        anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
             gradient = gradient + anchor
         if self.objective.lambda_c > 0:
             gradient = gradient + self.objective.code_sparsity_gradient(code)
         return gradient
 
-    def curvature(self, code: Tensor, direction: Tensor) -> Tensor:
+    def curvature(self, direction: Tensor, move: Tensor | None = None) -> Tensor:
         """``<d, H d>`` per sample along ``d = direction``, ``H`` the Hessian of ``J / mu``; shape ``(batch,)``.
 
-        By a secant between ``code`` and ``code - d``: with ``o`` the output above, ``<o - o', G(o) - G(o')>`` plus
-        the anchor's share. Costs one forward pass; exact for a linear stage and a quadratic loss. The l1 term has no
-        curvature.
+        By a secant between ``c = forward + move`` and ``c - d``: with ``o`` the output above,
+        ``<o - o', G(o) - G(o')>`` plus the anchor's share. Costs one forward pass; exact for a linear stage and a
+        quadratic loss. The l1 term has no curvature.
         """
-        output = self.forward_output if code is self.forward else self.above.fixed(code, self.state).output()
+        code = self.forward if move is None else self.forward + move
+        output = self.forward_output if move is None else self.above.fixed(code, self.state).output()
         stepped = self.above.fixed(code - direction, self.state).output()
         bend = self._output_gradient(output) - self._output_gradient(stepped)
         curvature = ((output - stepped) * bend).flatten(1).sum(1)
         anchor = self.objective.code_anchor_gradient(direction)
         return curvature if anchor is None else curvature + (anchor * direction).flatten(1).sum(1)
 
-    def value(self, code: Tensor) -> Tensor:
-        """Value of this problem at ``code`` (the terms of ``J`` that contain it), a scalar."""
-        output = self.forward_output if code is self.forward else self.above.fixed(code, self.state).output()
-        if self.target is None:
+    def value(self, move: Tensor | None = None) -> Tensor:
+        """Value of this problem at ``forward + move`` (the terms of ``J`` that contain the code), a scalar."""
+        move = torch.zeros_like(self.forward) if move is None else move
+        code = self.forward + move
+        output = self.above.fixed(code, self.state).output()
+        if self.target_move is None:
             value = self.objective.code_loss_value(self.loss, output, self.y)
         else:
             value = self.objective.code_coupling_value(output - self.target)
-        value = value + self.objective.code_anchor_value(code - self.forward)
+        value = value + self.objective.code_anchor_value(move)
         return value + self.objective.code_sparsity_value(code)
 
-    def _output_gradient(self, output: Tensor) -> Tensor:
-        if self.target is None:
-            return self.objective.code_loss_gradient(self.loss, output, self.y)
-        return self.objective.code_coupling_gradient(output - self.target)
+    def _output_gradient(self, output: Tensor | None) -> Tensor:
+        """With respect to the output above, known to be ``forward_output`` if ``None``."""
+        if self.target_move is None:
+            return self.objective.code_loss_gradient(
+                self.loss, self.forward_output if output is None else output, self.y
+            )
+        if output is None:
+            return self.objective.code_coupling_gradient(-self.target_move)
+        return self.objective.code_coupling_gradient(output - self.forward_output - self.target_move)
 
 
 class CodeSolver(nn.Module, ABC):
     """Moves one code to lower its problem. Subclass and write `solve`; the sweep over codes is the algorithm's."""
 
+    def prepare(self, depth: int) -> None:
+        """Called once with the number of codes; a solver that keeps something per code makes its buffers here."""
+        return
+
     @abstractmethod
     def solve(self, problem: CodeProblem) -> Tensor:
-        """Return the moved code, shaped like ``problem.forward``, which must not be changed in place."""
+        """Return the code's move, ``c_l - problem.forward``; the problem's tensors must not be changed in place."""

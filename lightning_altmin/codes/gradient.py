@@ -46,16 +46,15 @@ class GradientCodes(CodeSolver):
         self.register_buffer("lr", torch.tensor(float(lr), dtype=torch.float64))
 
     def solve(self, problem: CodeProblem) -> Tensor:
-        code = problem.forward
-        velocity: Tensor | None = None
+        move = velocity = None
         for _ in range(self.steps):
-            move = gradient = problem.gradient(code)
+            change = gradient = problem.gradient(move)
             if self.momentum > 0:
                 velocity = gradient.clone() if velocity is None else velocity.mul_(self.momentum).add_(gradient)
-                move = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity
-            # The first step makes a new tensor (the forward code is the anchor); later ones work on it in place.
-            code = code - move * self.lr if code is problem.forward else code.sub_(move * self.lr)
-        return code
+                change = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity
+            move = change * -self.lr if move is None else move.sub_(change * self.lr)
+        assert move is not None  # steps >= 1
+        return move
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, lr={float(self.lr):g}, momentum={self.momentum:g}, nesterov={self.nesterov}"

@@ -1,4 +1,4 @@
-"""Gradient steps on each code with the exact step length for every sample: the default code step."""
+"""Gradient steps on each code with the exact step length for every sample."""
 
 from __future__ import annotations
 
@@ -40,16 +40,18 @@ class LineSearchCodes(CodeSolver):
         self.relaxation = relaxation
 
     def solve(self, problem: CodeProblem) -> Tensor:
-        code = problem.forward
+        move = None
         for _ in range(self.steps):
-            gradient = problem.gradient(code)
+            gradient = problem.gradient(move)
             slope = gradient.flatten(1).square().sum(1)
-            curvature = problem.curvature(code, gradient)
+            curvature = problem.curvature(gradient, move)
             # A problem that is not convex along the step has no optimum to aim at; the anchor's step of 1 is safe.
             # The smallest number in the denominator lets a sample without a gradient stay where it is.
             length = slope / curvature.maximum(slope).clamp_min(torch.finfo(slope.dtype).tiny)
-            code = code - gradient * (self.relaxation * length).view(-1, *[1] * (gradient.dim() - 1))
-        return code
+            change = gradient * (-self.relaxation * length).view(-1, *[1] * (gradient.dim() - 1))
+            move = change if move is None else move + change
+        assert move is not None  # steps >= 1
+        return move
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, relaxation={self.relaxation:g}"

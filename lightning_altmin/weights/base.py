@@ -23,7 +23,7 @@ Inputs = Literal["moved", "forward"]
 class WeightProblem:
     """The local problem of one stage, independent of all others.
 
-    Hidden stage: the batch mean of ``mu/2 ||target - f(input)||^2``. Output stage (``target is None``): the loss as
+    Hidden stage: the batch mean of ``mu/2 ||target - f(input)||^2``. Output stage (``move is None``): the loss as
     the user gave it. Both plus the l1 term of the weights.
 
     Attributes:
@@ -31,22 +31,39 @@ class WeightProblem:
         stage: The stage whose parameters are free.
         state: What encode fixed in it for this batch.
         input: The code below (or x), shape ``(batch, *code)``.
-        target: The stage's moved code, or ``None`` for the output stage.
-        output: ``stage`` at ``input`` if it is already known (it was encoded at this input), else ``None``.
+        forward_output: The stage's forward code (or the network's output), as encode found it.
+        move: Move of the stage's code, or ``None`` for the output stage.
+        known: Whether ``stage`` at ``input`` still is ``forward_output``: encoded at this input, weights unchanged.
         loss: The network's loss.
         y: Targets of the batch.
+        signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
+            gradient is divided by it. A positive factor leaves the minimum of a local problem where it is; this one
+            keeps the gradient's size from following the code solver's step lengths.
     """
 
     objective: AltMinObjective
     stage: Stage
     state: BatchState
     input: Tensor
-    target: Tensor | None
-    output: Tensor | None
+    forward_output: Tensor
+    move: Tensor | None
+    known: bool
     loss: LocalLoss
     y: Any
+    signal: Tensor | None = None
     residual: Tensor | None = None
     """``f(input) - target`` of a hidden stage, set by `gradients`."""
+
+    @property
+    def target(self) -> Tensor:
+        """The stage's moved code, shape ``(batch, *code)``; the output stage has none.
+
+        Raises:
+            ValueError: If this is the output stage's problem.
+        """
+        if self.move is None:
+            raise ValueError("the output stage has no code: its target is the loss's")
+        return self.forward_output + self.move
 
     def gradients(self) -> Gradients:
         """Gradients of this problem alone with respect to the stage's trainable parameters."""
@@ -57,11 +74,12 @@ class WeightProblem:
         return gradients
 
     def _output_gradient(self, stage: StageMap) -> Tensor:
-        output = stage.output() if self.output is None else self.output
-        if self.target is None:
-            return self.loss.mean_gradient(output, self.y)
-        self.residual = output - self.target
-        return self.objective.weight_coupling_gradient(self.residual)
+        if self.move is None:
+            return self.loss.mean_gradient(self.forward_output if self.known else stage.output(), self.y)
+        # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
+        self.residual = -self.move if self.known else stage.output() - self.forward_output - self.move
+        gradient = self.objective.weight_coupling_gradient(self.residual)
+        return gradient if self.signal is None else gradient / self.signal
 
     def _sparsity(self, parameter: nn.Parameter) -> Tensor | None:
         return self.objective.weight_sparsity_gradient(parameter, self.stage.is_output)

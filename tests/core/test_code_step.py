@@ -148,7 +148,7 @@ def test_no_code_raises_the_objective(
         value = objective(functions, x, y, step.codes, cross_entropy_total, at)
         for problem, level in core.code_problems(step):
             crossed = step.codes[level].sign()
-            step.codes[level] = core.codes.solve(problem)
+            step.moves[level] = core.codes.solve(problem)
             after = objective(functions, x, y, step.codes, cross_entropy_total, at)
             if lambda_c == 0 or torch.equal(crossed, step.codes[level].sign()):
                 assert after <= value + 1e-12 * max(1.0, float(value))
@@ -165,11 +165,11 @@ def test_the_problem_of_a_code_is_its_part_of_the_objective() -> None:
     step = core.encode(x, y)
     with torch.no_grad():
         for problem, level in core.code_problems(step):
-            other = step.codes[level] + torch.randn_like(step.codes[level])
+            move = torch.randn_like(step.moves[level])
             before = objective(functions, x, y, step.codes, cross_entropy_total, at)
-            step.codes[level] = other
+            step.moves[level] = move
             after = objective(functions, x, y, step.codes, cross_entropy_total, at)
-            difference = problem.value(other) - problem.value(problem.forward)
+            difference = problem.value(move) - problem.value()
             torch.testing.assert_close(difference, after - before, rtol=1e-11, atol=1e-11)
 
 
@@ -189,13 +189,15 @@ def test_gradients_are_those_of_the_values(reference: bool) -> None:
         output = stage(code)
         objective_ = core.objective
         value = objective_.code_anchor_value(code - problem.forward) + objective_.code_sparsity_value(code)
-        if problem.target is None:
+        if problem.is_top:
             value = value + objective_.code_loss_value(problem.loss, output, y)
         else:
             value = value + objective_.code_coupling_value(output - problem.target)
         (expected,) = torch.autograd.grad(value / 0.2, code)
         with torch.no_grad():
-            torch.testing.assert_close(problem.gradient(code.detach()), expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                problem.gradient(code.detach() - problem.forward), expected, rtol=1e-12, atol=1e-12
+            )
 
 
 def test_the_code_step_leaves_parameters_and_gradients_alone() -> None:
@@ -256,11 +258,11 @@ def test_a_solver_of_ones_own_sees_the_problem_and_only_moves_codes() -> None:
 
     class Halve(CodeSolver):
         def solve(self, problem: CodeProblem) -> Tensor:
-            targets.append(problem.target is None)
-            if problem.target is not None:
+            targets.append(problem.is_top)
+            if not problem.is_top:
                 assert problem.target.shape == problem.forward_output.shape
                 torch.testing.assert_close(problem.target, problem.forward_output / 2)
-            return problem.forward / 2
+            return -problem.forward / 2
 
     module = network(5, 7, 6, 4)
     x, y = batch(module)

@@ -34,7 +34,7 @@ def problems(core: AltMin, x: Tensor, y: Any) -> list[tuple[CodeProblem, int]]:
     with torch.no_grad():
         for problem, level in core.code_problems(step):
             found.append((problem, level))
-            step.codes[level] = core.codes.solve(problem)
+            step.moves[level] = core.codes.solve(problem)
     return found
 
 
@@ -80,14 +80,14 @@ def test_the_curvature_is_the_hessian_of_the_objective(mu: float) -> None:
     for problem, level in problems(core, x, y):
         direction = torch.randn_like(problem.forward)
         with torch.no_grad():
-            curvature = problem.curvature(problem.forward, direction)
-            elsewhere = problem.curvature(problem.forward + 1.0, direction)
+            curvature = problem.curvature(direction)
+            elsewhere = problem.curvature(direction, torch.ones_like(problem.forward))
         torch.testing.assert_close(elsewhere, curvature, rtol=1e-9, atol=1e-9)
         for sample in range(len(x)):
 
             def value(code: Tensor, sample: int = sample, level: int = level, problem: CodeProblem = problem) -> Tensor:
                 output = functions[level + 1](code.unsqueeze(0))
-                if problem.target is None:
+                if problem.is_top:
                     above = squared_error_total(output, y[sample : sample + 1])
                 else:
                     above = mu / 2 * (output - problem.target[sample]).square().sum()

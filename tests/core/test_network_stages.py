@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin import AltMin, CodedNetwork
+from lightning_altmin import AltMin, CodedNetwork, GradientCodes
 
 F64 = torch.float64
 
@@ -172,7 +172,7 @@ def test_prelu_belongs_to_the_next_stage_and_is_trained_with_it() -> None:
     Its gradient is that of the next stage's own problem.
     """
     module = nn.Sequential(nn.Linear(5, 4), nn.PReLU(), nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2)).double()
-    core = AltMin(module, nn.CrossEntropyLoss())
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes())
     assert parts(core.coded) == [("0", [], ["Linear"]), ("2", ["PReLU"], ["Linear"]), ("4", ["PReLU"], ["Linear"])]
     x, y = torch.randn(6, 5, dtype=F64), torch.randint(2, (6,))
     step = core.encode(x, y)
@@ -212,7 +212,7 @@ def test_modules_after_the_output_layer_belong_to_the_output_stage() -> None:
 def test_an_embedding_may_come_first() -> None:
     """Catches integer inputs being differentiated or refused; the embedding's rows move towards its code."""
     module = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-    core = AltMin(module, nn.CrossEntropyLoss())
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes())
     assert parts(core.coded)[:2] == [("0", [], ["Embedding"]), ("2", ["Flatten"], ["Linear"])]
     x, y = torch.tensor([[0, 1], [2, 2], [5, 0], [1, 1]]), torch.randint(2, (4,))
     step = core.encode(x, y)
@@ -397,7 +397,7 @@ def test_weights_tied_within_one_block_are_accepted() -> None:
             return self.same(torch.tanh(self.layer(x)))
 
     module = nn.Sequential(nn.Linear(3, 4), Tied(), nn.Linear(4, 2)).double()
-    core = AltMin(module, nn.CrossEntropyLoss())
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes())
     x, y = torch.randn(5, 3, dtype=F64), torch.randint(2, (5,))
     step = core.encode(x, y)
     core.solve_codes(step)

@@ -111,6 +111,7 @@ def test_state_survives_a_round_trip() -> None:
     for _ in range(3):
         core.step(x, y)
     twin = core_for(copy.deepcopy(module), MIXED)
+    twin.load_state_dict(core.state_dict())
     twin.optimizer.load_state_dict(copy.deepcopy(core.optimizer.state_dict()))
     for _ in range(3):
         core.step(x, y)

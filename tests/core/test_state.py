@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+import weakref
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,32 @@ def test_freeing_codes_changes_no_weight(codes: str, weights: str, engine: str) 
 
 
 def test_freed_codes_are_really_freed() -> None:
-    """Catches keep_codes=False that saves nothing: forward codes above the first share their memory with moved ones."""
+    """Catches keep_codes=False that saves nothing: moved codes take the forward codes' memory, and nobody keeps it."""
     module = network(5, 7, 6, 6, 4)
     core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(), weights=WEIGHTS["moved"]())
-    result = core.step(*batch(module), keep_codes=False)
-    shared = [a is b for a, b in zip(result.codes_forward, result.codes, strict=True)]
-    assert shared[1:] == [True, True]
-    result = core.step(*batch(module), keep_codes=True)
-    assert not any(a is b for a, b in zip(result.codes_forward, result.codes, strict=True))
+    step = core.encode(*batch(module), keep_codes=False)
+    core.solve_codes(step)
+    forward, moved = list(step.codes_forward), step.codes
+    inputs = [problem.input for problem in core.weight_problems(step)]
+    for read, memory, code in zip(inputs[1:], forward, moved, strict=True):
+        assert read is memory
+        assert torch.equal(read, code)
+    released = weakref.ref(forward[0])
+    core.fill_gradients(step)
+    del inputs, read, memory, code, forward
+    assert released() is None
+    assert step.codes_forward == step.moves == step.codes == []
+
+
+def test_kept_codes_are_as_the_code_step_left_them() -> None:
+    """Catches a weight step that overwrites what the result is to show."""
+    module = network(5, 7, 6, 6, 4)
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(), weights=WEIGHTS["moved"]())
+    step = core.encode(*batch(module))
+    core.solve_codes(step)
+    before = [code.clone() for code in (*step.codes_forward, *step.moves)]
+    core.fill_gradients(step)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*step.codes_forward, *step.moves), strict=True))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -95,7 +114,7 @@ def test_the_state_dict_holds_everything_once_and_loads_safely() -> None:
     core.codes.lr.fill_(0.1)
     core.step(*batch(core.network))
     state = core.state_dict()
-    expected = {f"network.{name}" for name in core.network.state_dict()} | {"objective.mu", "codes.lr"}
+    expected = {f"network.{name}" for name in core.network.state_dict()} | {"objective.mu", "codes.lr", "_extra_state"}
     assert set(state) == expected
     file = io.BytesIO()
     torch.save({"core": state, "optimizer": core.optimizer.state_dict()}, file)

@@ -229,7 +229,7 @@ def test_a_weight_solver_of_ones_own() -> None:
             return torch.optim.SGD([{"params": list(s.parameters()), "name": s.name} for s in stages], lr=1.0)
 
         def gradients(self, problem: WeightProblem) -> Any:
-            if problem.target is None or problem.stage.name != "0":
+            if problem.move is None or problem.stage.name != "0":
                 return []
             linear = problem.stage.affine[0]
             ones = torch.ones(len(problem.input), 1, dtype=problem.input.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_altmin import AltMin, AltMinModule, LocalGradient
+from lightning_altmin import AltMin, AltMinModule, GradientCodes, LocalGradient
 from lightning_altmin.optim import clip_per_group
 from tests.module.problems import loader, network, samples, trainer
 
@@ -19,6 +19,11 @@ RATE = 0.5
 def sgd(params: Any) -> torch.optim.Optimizer:
     """SGD, whose step shows the gradient it was given."""
     return torch.optim.SGD(params, lr=RATE)
+
+
+def module_for(**settings: Any) -> AltMinModule:
+    """In float64, with a fixed rate of the codes: the default's rate follows the batches, and so depends on them."""
+    return AltMinModule(network().double(), codes=GradientCodes(), **settings)
 
 
 def fit(module: AltMinModule, count: int, batch_size: int, epochs: int = 1) -> list[torch.Tensor]:
@@ -41,8 +46,8 @@ def test_accumulated_batches_are_one_larger_batch(batches: int, count: int, epoc
     Without BatchNorm a sample's codes do not depend on its batch, and every gradient is a mean over samples: the mean
     of the means of n equal batches is the mean over all their samples.
     """
-    split = AltMinModule(network().double(), weights=LocalGradient(sgd), accumulate_batches=batches)
-    whole = AltMinModule(network().double(), weights=LocalGradient(sgd))
+    split = module_for(weights=LocalGradient(sgd), accumulate_batches=batches)
+    whole = module_for(weights=LocalGradient(sgd))
     a, b = fit(split, count, 4, epochs), fit(whole, count, 4 * batches, epochs)
     assert largest_difference(a, b) < 1e-12
     assert largest_difference(a, list(network().double().parameters())) > 1e-3
@@ -50,10 +55,10 @@ def test_accumulated_batches_are_one_larger_batch(batches: int, count: int, epoc
 
 def test_leftover_batches_are_averaged_over_their_number() -> None:
     """Catches division by accumulate_batches where the epoch's end left fewer: 5 batches are 3 and 2."""
-    split = AltMinModule(network().double(), weights=LocalGradient(sgd), accumulate_batches=3)
+    split = module_for(weights=LocalGradient(sgd), accumulate_batches=3)
     got = fit(split, 20, 4)
     x, y = samples(20)
-    plain = AltMin(network().double(), nn.CrossEntropyLoss(), weights=LocalGradient(sgd))
+    plain = AltMin(network().double(), nn.CrossEntropyLoss(), codes=GradientCodes(), weights=LocalGradient(sgd))
     plain.step(x[:12].double(), y[:12])
     plain.step(x[12:].double(), y[12:])
     assert largest_difference(got, list(plain.network.parameters())) < 1e-12
@@ -69,10 +74,12 @@ def layer_updates(module: AltMinModule, **flags: Any) -> dict[str, torch.Tensor]
 
 def test_every_layer_is_clipped_by_its_own_norm() -> None:
     """Catches one norm over all layers, a bound on single parameters, and clipping that changes the direction."""
-    free = layer_updates(AltMinModule(network().double(), weights=LocalGradient(sgd)), count=8, batch_size=8)
+    free = layer_updates(module_for(weights=LocalGradient(sgd)), count=8, batch_size=8)
     norms = {name: float(update.norm()) for name, update in free.items()}
     bound = sorted(norms.values())[1]  # one layer is below, one at it, one above
-    module = AltMinModule(network().double(), weights=LocalGradient(sgd), gradient_clip_norm=bound)
+    module = AltMinModule(
+        network().double(), codes=GradientCodes(), weights=LocalGradient(sgd), gradient_clip_norm=bound
+    )
     clipped = layer_updates(module, count=8, batch_size=8)
     assert min(norms.values()) < bound < max(norms.values())
     for name, update in clipped.items():
@@ -82,9 +89,9 @@ def test_every_layer_is_clipped_by_its_own_norm() -> None:
 
 def test_bounds_by_name_leave_other_layers_alone() -> None:
     """Catches bounds applied to the wrong layer or to all."""
-    free = layer_updates(AltMinModule(network().double(), weights=LocalGradient(sgd)), count=8, batch_size=8)
+    free = layer_updates(module_for(weights=LocalGradient(sgd)), count=8, batch_size=8)
     bound = float(free["2"].norm()) / 3
-    module = AltMinModule(network().double(), weights=LocalGradient(sgd), gradient_clip_norm={"2": bound})
+    module = module_for(weights=LocalGradient(sgd), gradient_clip_norm={"2": bound})
     clipped = layer_updates(module, count=8, batch_size=8)
     torch.testing.assert_close(clipped["2"], free["2"] / 3, rtol=1e-4, atol=1e-8)
     assert torch.equal(clipped["0"], free["0"])
@@ -93,11 +100,9 @@ def test_bounds_by_name_leave_other_layers_alone() -> None:
 
 def test_the_averaged_gradient_is_clipped() -> None:
     """Catches clipping of each accumulated batch, or of the sum before it is divided."""
-    whole = layer_updates(AltMinModule(network().double(), weights=LocalGradient(sgd)), count=8, batch_size=8)
+    whole = layer_updates(module_for(weights=LocalGradient(sgd)), count=8, batch_size=8)
     bound = float(whole["0"].norm()) / 2
-    module = AltMinModule(
-        network().double(), weights=LocalGradient(sgd), accumulate_batches=2, gradient_clip_norm={"0": bound}
-    )
+    module = module_for(weights=LocalGradient(sgd), accumulate_batches=2, gradient_clip_norm={"0": bound})
     clipped = layer_updates(module, count=8, batch_size=4)
     torch.testing.assert_close(clipped["0"], whole["0"] / 2, rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(clipped["4"], whole["4"], rtol=1e-10, atol=1e-12)

@@ -276,7 +276,12 @@ def test_a_second_fit_begins_anew() -> None:
             if self.fails and batch_idx == 1:
                 raise Break
 
-    settings: Any = {"accumulate_batches": 3, "lr_scheduler": plateau, "lr_monitor": "val_loss"}
+    settings: Any = {
+        "codes": GradientCodes(),
+        "accumulate_batches": 3,
+        "lr_scheduler": plateau,
+        "lr_monitor": "val_loss",
+    }
     module = Fails(network(), **settings)
     with pytest.raises(Break):
         trainer(max_epochs=1).fit(module, loader())

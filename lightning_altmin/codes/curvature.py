@@ -1,0 +1,76 @@
+"""Gradient steps whose length follows a running estimate of each code's curvature: the default code step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_altmin.codes.base import CodeProblem, CodeSolver
+
+_DECAY = 0.8  # of the estimate per measurement where the curvature falls; where it rises, the rise counts at once
+_FIRST = 5  # batches measured one by one before the interval counts
+
+
+class CurvatureCodes(CodeSolver):
+    r"""Steepest descent on a code at the rate ``share / kappa``, ``kappa`` its problem's curvature so far.
+
+    .. math::
+        c \leftarrow c - \frac{share}{\kappa} g, \qquad
+        \kappa = \frac{\sum_i \langle g_i, H_i g_i \rangle}{\sum_i \langle g_i, g_i \rangle} \ge 1
+
+    with ``g`` the gradient of ``J / mu`` and ``H g`` from a secant (`CodeProblem.curvature`), measured over the samples
+    of every ``every``-th batch and used from the next batch on. So a rate suits every layer at every time, costs
+    next to nothing, and the codes of a sample do not depend on the batch it came in.
+
+    The shares taken on the way down are divided out again in the weight step (`WeightProblem.signal`): a layer's
+    weight gradient keeps the size of backprop's at any depth and does not change when the curvature does, which an
+    optimizer with a memory (momentum, Adam) would take for a change of the problem.
+
+    Args:
+        share: Share of the exact step, in (0, 1]. Small shares keep the moved inputs of the weight step close to the
+            forward ones, and with them the update close to backprop's; 1 lets codes move as far as their problem asks.
+        steps: Number of steps per code, >= 1.
+        every: Batches from one measurement to the next, >= 1; a measurement costs one forward pass of each stage.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    curvature: Tensor
+
+    def __init__(self, share: float = 0.2, steps: int = 1, every: int = 10) -> None:
+        super().__init__()
+        if not 0 < share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {share}")
+        for name, value in (("steps", steps), ("every", every)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        self.share = share
+        self.steps = steps
+        self.every = every
+
+    def prepare(self, depth: int) -> None:
+        # 1 is the anchor's share, the least that the curvature can be.
+        self.register_buffer("curvature", torch.ones(depth, dtype=torch.float64))
+
+    def solve(self, problem: CodeProblem) -> Tensor:
+        rate = self.share / self.curvature[problem.level]
+        gradient = problem.gradient()
+        if problem.batch < _FIRST or problem.batch % self.every == 0:
+            self._measure(problem, gradient)
+        move = gradient * -rate
+        for _ in range(self.steps - 1):
+            move.sub_(problem.gradient(move) * rate)
+        # n steps against the anchor alone: the share of the code's whole way that they cover.
+        problem.rate = rate if self.steps == 1 else 1 - (1 - rate) ** self.steps
+        return move
+
+    def _measure(self, problem: CodeProblem, gradient: Tensor) -> None:
+        slope = gradient.square().sum()
+        # A batch without a gradient says nothing; the smallest number keeps it from saying NaN.
+        found = problem.curvature(gradient).sum() / slope.clamp_min(torch.finfo(slope.dtype).tiny)
+        before = self.curvature[problem.level]
+        self.curvature[problem.level] = torch.maximum(found, before * _DECAY + found * (1 - _DECAY)).clamp_min(1.0)
+
+    def extra_repr(self) -> str:
+        return f"share={self.share:g}, steps={self.steps}, every={self.every}"
