@@ -21,15 +21,25 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from lightning_altmin import AltMinModule, BackpropModule, CodeSolver, GradientCodes, LineSearchCodes, LocalGradient
+from lightning_altmin import (
+    AltMinModule,
+    BackpropModule,
+    CodeSolver,
+    CurvatureCodes,
+    GradientCodes,
+    LineSearchCodes,
+    LocalGradient,
+)
 from lightning_altmin.data import VisionDataModule
 from lightning_altmin.nn import MLP
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "code_solvers.csv"
 SOLVERS: dict[str, tuple[CodeSolver, str] | None] = {
     "backprop": None,
+    "curvature (default)": (CurvatureCodes(), "moved"),
+    "curvature, share 1": (CurvatureCodes(share=1.0), "moved"),
+    "curvature, 5 steps": (CurvatureCodes(steps=5), "moved"),
     "line search": (LineSearchCodes(), "moved"),
-    "line search, relaxation 0.5": (LineSearchCodes(relaxation=0.5), "moved"),
     "line search, relaxation 0.2": (LineSearchCodes(relaxation=0.2), "moved"),
     "line search, 3 steps": (LineSearchCodes(steps=3), "moved"),
     "5 steps of 0.2": (GradientCodes(5, 0.2), "moved"),
