@@ -1,0 +1,87 @@
+"""Trainer features that cannot work are refused at the start of a run, by the name of what to use instead."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.tuner import Tuner
+
+from lightning_altmin import AltMinModule, LocalGradient
+from lightning_altmin.trainer_checks import refuse_unsupported
+from tests.module.problems import loader, network, trainer, weights
+
+FLAGS: dict[str, tuple[dict[str, Any], str]] = {
+    "clip": ({"gradient_clip_val": 0.5}, r"use AltMinModule\(gradient_clip_norm=0.5\)"),
+    "accumulate": ({"accumulate_grad_batches": 4}, r"use AltMinModule\(accumulate_batches=4\)"),
+    "precision": ({"precision": "bf16-mixed"}, "precision='bf16-mixed' is not supported"),
+    "finder": ({"callbacks": [LearningRateFinder()]}, "learning-rate finder .* compare a few rates"),
+    "swa": ({"callbacks": [StochasticWeightAveraging(0.1)]}, "use the WeightAveraging callback"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_refused_before_anything_is_trained(name: str) -> None:
+    """Catches a feature that is silently ignored, or an error that comes after training began."""
+    flags, message = FLAGS[name]
+    module = AltMinModule(network())
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(max_epochs=1, **flags).fit(module, loader())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_checkpoints_by_time_are_refused(tmp_path: Any) -> None:
+    """Catches an interval that Lightning ignores without a word under manual optimization."""
+    from datetime import timedelta
+
+    checkpoint = ModelCheckpoint(tmp_path, train_time_interval=timedelta(minutes=1))
+    with pytest.raises(MisconfigurationException, match="use every_n_train_steps or every_n_epochs"):
+        trainer(max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True).fit(AltMinModule(network()), loader())
+
+
+def test_the_tuner_is_refused() -> None:
+    """Catches a sweep that changes nothing and suggests a rate all the same."""
+    with pytest.raises(MisconfigurationException, match="learning-rate finder"):
+        Tuner(trainer(max_epochs=1)).lr_find(AltMinModule(network()), loader())
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_lbfgs_is_refused(composite: bool) -> None:
+    """Catches an optimizer that would call a closure which does not exist, alone or as one layer's."""
+
+    def lbfgs(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS([p for group in params for p in group["params"]])
+
+    factory: Any = {"0": lbfgs, "default": torch.optim.SGD} if composite else lbfgs
+    with pytest.raises(MisconfigurationException, match="LBFGS evaluates the loss several times"):
+        trainer(max_epochs=1).fit(AltMinModule(network(), weights=LocalGradient(factory)), loader())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "message"),
+    [
+        ("FSDPStrategy", 1, "FSDPStrategy shards parameters"),
+        ("DeepSpeedStrategy", 1, "DeepSpeedStrategy shards parameters"),
+        ("ModelParallelStrategy", 1, "ModelParallelStrategy shards parameters"),
+        ("DDPStrategy", 2, "one process in this version, got 2"),
+    ],
+)
+def test_strategies_are_refused(strategy: str, world_size: int, message: str) -> None:
+    """Catches a strategy that would train wrongly; the strategies themselves need devices that are not here."""
+    fake: Any = SimpleNamespace(
+        strategy=type(strategy, (), {})(), world_size=world_size, precision="32-true", callbacks=[]
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        refuse_unsupported(fake)
+
+
+def test_what_works_is_not_refused() -> None:
+    """Catches a check that refuses the ordinary run, or double precision."""
+    fit = trainer(max_epochs=1, precision="64-true")
+    fit.fit(AltMinModule(network()), torch.utils.data.DataLoader(loader().dataset, batch_size=10))
+    assert fit.global_step == 2
