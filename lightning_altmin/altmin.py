@@ -22,10 +22,11 @@ from torch.optim import Optimizer
 from lightning_altmin.codes import CodeProblem, CodeSolver, CurvatureCodes
 from lightning_altmin.engines import BatchState, Gradients
 from lightning_altmin.engines.batch_norm_state import batch_norms
-from lightning_altmin.guard import Buffers, Guard, Policy, guard_for
+from lightning_altmin.guard import Buffers, Guard, Policy, buffer_owners, guard_for
 from lightning_altmin.losses import CrossEntropy, Loss, local_loss
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.optim import clear_gradients
 from lightning_altmin.verification import Verification, verify
 from lightning_altmin.weights import LocalGradient, WeightProblem, WeightSolver
 
@@ -114,7 +115,10 @@ class AltMin(nn.Module):
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self._nonfinite: Policy = nonfinite
         self._guard: Guard = guard_for(torch.device("cpu"), nonfinite)
+        self._guarded = "cpu"
         self._norms = batch_norms([self.network])
+        self._buffer_owners = buffer_owners(self.network, self.codes)
+        self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple, so as not to be registered again
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
         self._split_verified = not self.coded.split_by_name
@@ -140,11 +144,11 @@ class AltMin(nn.Module):
         step = self.encode(x, y, keep_codes)
         self.solve_codes(step)
         for inner in range(self.weights.steps):
-            self.optimizer.zero_grad()
+            clear_gradients(self.optimizer)
             self.fill_gradients(step, inner)
             with self.guard.protect(self.optimizer):
                 self.optimizer.step()
-        self.optimizer.zero_grad()
+        clear_gradients(self.optimizer)
         return step
 
     @torch.no_grad()
@@ -153,7 +157,7 @@ class AltMin(nn.Module):
         if not self._split_verified:
             self.coded.verify_split(x)
             self._split_verified = True
-        buffers = Buffers(self.network, self.codes)
+        buffers = Buffers(self._buffer_owners)
         with buffers.restored_on_error():
             encoding = self.coded.encode(x)
             self.local_loss.check(encoding.output, y)
@@ -280,9 +284,9 @@ class AltMin(nn.Module):
     @property
     def guard(self) -> Guard:
         """The guard against bad batches, fit for the device the parameters are on."""
-        device = next(self.network.parameters()).device
-        if (device.type == "cpu") != (self._guard.__class__ is guard_for(torch.device("cpu"), "raise").__class__):
-            self._guard = guard_for(device, self._nonfinite)
+        device = self._probe[0].device
+        if device.type != self._guarded:
+            self._guard, self._guarded = guard_for(device, self._nonfinite), device.type
         return self._guard
 
     def get_extra_state(self) -> Tensor:

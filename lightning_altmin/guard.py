@@ -26,10 +26,14 @@ class NonFiniteError(RuntimeError):
 
 
 class Buffers:
-    """The buffers of some modules before a batch, to put back if the batch is bad or fails."""
+    """Buffers before a batch, to put back if the batch is bad or fails.
 
-    def __init__(self, *modules: nn.Module) -> None:
-        self._buffers = [buffer for module in modules for buffer in module.buffers() if buffer is not None]
+    Args:
+        owners: Modules whose own buffers these are, as `buffer_owners` finds them.
+    """
+
+    def __init__(self, owners: Sequence[nn.Module]) -> None:
+        self._buffers = [buffer for owner in owners for buffer in owner._buffers.values() if buffer is not None]
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def restore(self) -> None:
@@ -52,6 +56,11 @@ class Buffers:
         with torch.no_grad():
             for buffer, before in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(torch.where(bad, before, buffer))
+
+
+def buffer_owners(*modules: nn.Module) -> list[nn.Module]:
+    """Every module in ``modules`` that has buffers of its own; found once, for walking a network takes its time."""
+    return [owner for module in modules for owner in module.modules() if owner._buffers]
 
 
 class Guard(ABC):

@@ -122,6 +122,13 @@ class LayerwiseOptimizer(Optimizer):
         self._share_groups()  # children replaced their group dictionaries
 
 
+def clear_gradients(optimizer: Optimizer) -> None:
+    """``optimizer.zero_grad()`` without its hooks and records."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def clip_per_group(optimizer: Optimizer, max_norm: float | Mapping[str, float]) -> None:
     """Scale each parameter group's gradient so that its norm is at most ``max_norm``; no device sync.
 

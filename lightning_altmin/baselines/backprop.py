@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_altmin.guard import Buffers
+from lightning_altmin.guard import Buffers, buffer_owners
 from lightning_altmin.metrics import Metrics
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam
@@ -44,6 +44,7 @@ class BackpropModule(SupervisedModule):
         if not callable(optimizer):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
         self.network = network
+        self._buffer_owners = buffer_owners(network)
         self.loss = loss
         self._optimizer_factory = optimizer
 
@@ -55,7 +56,7 @@ class BackpropModule(SupervisedModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch; Lightning differentiates it and steps the optimizer."""
         x, y = self.unpack(batch)
-        with Buffers(self.network).restored_on_error():
+        with Buffers(self._buffer_owners).restored_on_error():
             loss = self.batch_loss(self(x), y)
         self.log_training_loss(loss)
         return loss

@@ -73,9 +73,9 @@ class CodeProblem:
         gradient = stage.input_gradient(self._output_gradient(None if move is None else stage.output()))
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
-            gradient = gradient + anchor
+            gradient = gradient.add_(anchor)
         if self.objective.lambda_c > 0:
-            gradient = gradient + self.objective.code_sparsity_gradient(code)
+            gradient = gradient.add_(self.objective.code_sparsity_gradient(code))
         return gradient
 
     def curvature(self, direction: Tensor, move: Tensor | None = None) -> Tensor:

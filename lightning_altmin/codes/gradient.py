@@ -52,7 +52,8 @@ class GradientCodes(CodeSolver):
             if self.momentum > 0:
                 velocity = gradient.clone() if velocity is None else velocity.mul_(self.momentum).add_(gradient)
                 change = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity
-            move = change * -self.lr if move is None else move.sub_(change * self.lr)
+            change = change * -self.lr
+            move = change if move is None else move.add_(change)
         assert move is not None  # steps >= 1
         return move
 

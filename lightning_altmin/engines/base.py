@@ -27,7 +27,7 @@ class StageMap(ABC):
 
     @abstractmethod
     def input_gradient(self, grad_output: Tensor) -> Tensor:
-        """Vector-Jacobian product with respect to the stage's input, shaped like the input."""
+        """Vector-Jacobian product with respect to the stage's input: a new tensor, which the caller may overwrite."""
 
     @abstractmethod
     def parameter_gradients(self, grad_output: Tensor) -> Gradients:

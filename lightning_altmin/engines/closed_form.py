@@ -126,7 +126,7 @@ class ClosedFormEngine(StageEngine):
     kind: ClassVar[str] = "closed_form"
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._fixed = [_RULES[type(m)](m) for m in modules]
+        self._fixed = [_RULES[type(m)](m) for m in pooled_first(modules)]
         self._live = [rule.live() for rule in self._fixed]
 
     @torch.no_grad()
@@ -144,13 +144,27 @@ class ClosedFormEngine(StageEngine):
         return ClosedFormMap(self._live, x, state)
 
 
+def pooled_first(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The same function with max-pooling before a directly preceding activation that never falls.
+
+    The largest of s(x) is s of the largest x, at the same place, so nothing changes but the cost: the activation and
+    its derivative then see only what the pooling leaves.
+    """
+    ordered = list(modules)
+    for index in range(1, len(ordered)):
+        never_falls = type(ordered[index - 1]) in (nn.ReLU, nn.Tanh, nn.Sigmoid)
+        if type(ordered[index]) is nn.MaxPool2d and never_falls:
+            ordered[index - 1 : index + 1] = ordered[index], ordered[index - 1]
+    return ordered
+
+
 _RULES: dict[type[nn.Module], Callable[[nn.Module], Rule]] = {}
 _CONDITIONS: dict[type[nn.Module], Callable[[Any], bool]] = {}
-_R = TypeVar("_R", bound=type[Rule])
+_R = TypeVar("_R", bound=Callable[[Any], Rule])
 
 
 def closed_form(*types: type[nn.Module], when: Callable[[Any], bool] | None = None) -> Callable[[_R], _R]:
-    """Class decorator: serve modules of exactly these types by the decorated rule.
+    """Decorator of a `Rule`, or of a function that makes one: serve modules of exactly these types by it.
 
     Args:
         types: Module types. Subclasses are not included, for they may compute something else.

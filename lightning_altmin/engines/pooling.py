@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.nn.modules.utils import _pair
 from lightning_altmin.engines.closed_form import Point, Rule, closed_form
 
 
-@closed_form(nn.MaxPool2d, when=lambda m: not m.return_indices)
 class MaxPool2dRule(Rule):
     """Each window's gradient goes to the position of its maximum."""
 
@@ -29,6 +29,63 @@ class MaxPool2dRule(Rule):
             grad, at.x, *windows, pool.ceil_mode, at.saved
         )
         return gradient
+
+
+class TiledMaxPool2dRule(Rule):
+    """The same for windows that tile the image: maxima of slices, an order of magnitude faster on a CPU.
+
+    Maxima are taken along rows, then along columns, the first of equals winning; that is PyTorch's order too.
+    """
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        height, width = _pair(self.module.kernel_size)
+        rows = _tile_max(x, width, -1)
+        return _tile_max(rows, height, -2), rows
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        height, width = _pair(self.module.kernel_size)
+        rows = at.saved
+        return _to_maxima(_to_maxima(grad, rows, at.y, height, -2), at.x, rows, width, -1)
+
+
+def _slices(x: Tensor, size: int, dim: int) -> list[Tensor]:
+    """Entry j of every tile of ``size`` along ``dim``, for each j; what fills no tile is left out."""
+    whole = x.shape[dim] // size * size
+    x = x.narrow(dim, 0, whole)
+    if dim == -1:
+        return [x[..., j::size] for j in range(size)]
+    return [x[..., j::size, :] for j in range(size)]
+
+
+def _tile_max(x: Tensor, size: int, dim: int) -> Tensor:
+    return functools.reduce(torch.maximum, _slices(x, size, dim))
+
+
+def _to_maxima(grad: Tensor, x: Tensor, maxima: Tensor, size: int, dim: int) -> Tensor:
+    """Each tile's gradient at the first of its maxima, zero elsewhere; shaped like ``x``."""
+    gradient = torch.zeros_like(x) if x.shape[dim] % size else torch.empty_like(x)
+    rest, nothing = grad, grad.new_zeros(())
+    *first, last = zip(_slices(x, size, dim), _slices(gradient, size, dim), strict=True)
+    for value, place in first:
+        torch.where(value == maxima, rest, nothing, out=place)
+        rest = rest - place
+    last[1].copy_(rest)
+    return gradient
+
+
+def _tiles(pool: nn.MaxPool2d) -> bool:
+    return (
+        _pair(pool.kernel_size) == _pair(pool.stride)
+        and _pair(pool.padding) == (0, 0)
+        and _pair(pool.dilation) == (1, 1)
+        and not pool.ceil_mode
+    )
+
+
+@closed_form(nn.MaxPool2d, when=lambda pool: not pool.return_indices)
+def max_pool2d_rule(pool: nn.Module) -> Rule:
+    """The cheapest rule for a pooling's windows."""
+    return TiledMaxPool2dRule(pool) if isinstance(pool, nn.MaxPool2d) and _tiles(pool) else MaxPool2dRule(pool)
 
 
 @closed_form(nn.AvgPool2d)

@@ -191,7 +191,7 @@ def test_guards_look_at_every_gradient(guard_type: type[Guard]) -> None:
 
     def admitted(*gradient: Tensor) -> bool:
         guard = guard_type("skip")
-        guard.admit(0, [(parameter, g) for g in gradient], [torch.tensor(1.0)], Buffers(nn.Linear(1, 1)))
+        guard.admit(0, [(parameter, g) for g in gradient], [torch.tensor(1.0)], Buffers([]))
         return guard.skipped == 0
 
     assert admitted(torch.ones(4), torch.full((4,), 1e18))
@@ -224,7 +224,7 @@ def test_nothing_waits_for_the_device() -> None:
             gradients = [(p, torch.ones_like(p)) for p in linear.parameters()]
             if number > 0:
                 gradients = [(p, g.as_subclass(Unread)) for p, g in gradients]
-            for p, g in guard.admit(number, gradients, [torch.tensor(0.5)], Buffers(linear)):
+            for p, g in guard.admit(number, gradients, [torch.tensor(0.5)], Buffers([])):
                 p.grad = g.as_subclass(Tensor)
             with guard.protect(optimizer):
                 optimizer.step()
