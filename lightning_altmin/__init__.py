@@ -1,12 +1,13 @@
 """Train neural networks by online alternating minimization instead of backpropagation, in PyTorch Lightning."""
 
 from lightning_altmin.__about__ import __version__
-from lightning_altmin.altmin import AltMin, Step
+from lightning_altmin.altmin import AltMin
 from lightning_altmin.baselines import BackpropModule
 from lightning_altmin.codes import CodeSolver, CurvatureCodes, GradientCodes, LineSearchCodes
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.step import Step
 from lightning_altmin.weights import LocalGradient, WeightSolver
 
 __all__ = [

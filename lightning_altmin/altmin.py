@@ -12,7 +12,6 @@ No gradient runs through more than one stage: each line above differentiates a s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,54 +19,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.codes import CodeProblem, CodeSolver, CurvatureCodes
-from lightning_altmin.engines import BatchState, Gradients
+from lightning_altmin.compiled import CompiledBatch
+from lightning_altmin.engines import Gradients
 from lightning_altmin.engines.batch_norm_state import batch_norms
-from lightning_altmin.guard import Buffers, Guard, Policy, buffer_owners, guard_for
+from lightning_altmin.guard import Buffers, Guard, Policy, buffer_owners, guard_for, is_bad
 from lightning_altmin.losses import CrossEntropy, Loss, local_loss
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clear_gradients
+from lightning_altmin.step import Step
 from lightning_altmin.verification import Verification, verify
 from lightning_altmin.weights import LocalGradient, WeightProblem, WeightSolver
-
-
-@dataclass
-class Step:
-    """What one mini-batch carries through the three phases; also the result of ``AltMin.step``.
-
-    Attributes:
-        x: Inputs, shape ``(batch, *features)``.
-        y: Targets.
-        output: The network's output before the update, shape ``(batch, *output)``.
-        loss: The loss at ``output``, a scalar (not yet looked at: no device sync).
-        codes_forward: Forward codes, one tensor ``(batch, *code)`` per hidden stage.
-        moves: How far the code step moved each code, shaped like the codes.
-        residuals: Per hidden stage ``||f_l(input) - c_l||^2``, batch mean, before the weights moved.
-    """
-
-    x: Tensor
-    y: Any
-    output: Tensor
-    loss: Tensor
-    codes_forward: list[Tensor]
-    moves: list[Tensor]
-    residuals: list[Tensor] = field(default_factory=list)
-    number: int = 0
-    """Number of the batch, counted from 0 since training began."""
-    _signals: list[Tensor | None] = field(default_factory=list, repr=False)
-    _states: list[BatchState] = field(default_factory=list, repr=False)
-    _buffers: Buffers | None = field(default=None, repr=False)
-    _keep: bool = field(default=True, repr=False)
-
-    @property
-    def codes(self) -> list[Tensor]:
-        """The moved codes, ``codes_forward + moves``."""
-        return [forward + move for forward, move in zip(self.codes_forward, self.moves, strict=True)]
-
-    def moved_code(self, level: int, last_use: bool) -> Tensor:
-        """One moved code; at its last use the forward code's memory is taken for it."""
-        forward, move = self.codes_forward[level], self.moves[level]
-        return forward.add_(move) if last_use else forward + move
 
 
 class AltMin(nn.Module):
@@ -81,6 +43,8 @@ class AltMin(nn.Module):
         codes: How codes are moved.
         weights: How weights are changed.
         nonfinite: What a bad batch does: ``"raise"`` or ``"skip"``; either way it changes nothing.
+        compile: Compute a batch's phases in one function compiled by ``torch.compile``; ``True``, or one of its modes
+            (``"reduce-overhead"`` for CUDA graphs). Needs closed forms throughout; see `CompiledBatch`.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -95,6 +59,7 @@ class AltMin(nn.Module):
         codes: CodeSolver | None = None,
         weights: WeightSolver | None = None,
         nonfinite: Policy = "raise",
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         self.coded = network if isinstance(network, CodedNetwork) else CodedNetwork(network)
@@ -118,10 +83,11 @@ class AltMin(nn.Module):
         self._guarded = "cpu"
         self._norms = batch_norms([self.network])
         self._buffer_owners = buffer_owners(self.network, self.codes)
-        self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple, so as not to be registered again
+        self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple: not registered twice
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
         self._split_verified = not self.coded.split_by_name
+        self._compiled = CompiledBatch(self, compile) if compile else None
 
     # ---------------------------------------------------------------- the algorithm
 
@@ -157,34 +123,39 @@ class AltMin(nn.Module):
         if not self._split_verified:
             self.coded.verify_split(x)
             self._split_verified = True
-        buffers = Buffers(self._buffer_owners)
+        number, buffers = self.batches_seen, Buffers(self._buffer_owners)
+        run = self.run_encode if self._compiled is None else self._compiled
         with buffers.restored_on_error():
-            encoding = self.coded.encode(x)
-            self.local_loss.check(encoding.output, y)
-            loss = self.local_loss.mean(encoding.output, y)
-            if loss.dim() != 0:
-                raise ValueError(f"loss must return a scalar (a mean over the batch), got shape {tuple(loss.shape)}")
-        number, self.batches_seen = self.batches_seen, self.batches_seen + 1
-        moves = [code.new_zeros(()).expand_as(code) for code in encoding.codes]  # not moved yet, no memory
-        signals: list[Tensor | None] = [None] * self.coded.depth
+            step = run(x, y, keep_codes, self.codes.measures(number))
+        step.number, step._buffers = number, buffers
+        self.batches_seen += 1
+        return step
+
+    def run_encode(self, x: Tensor, y: Any, keep_codes: bool, measures: bool) -> Step:
+        """The part of `encode` that depends on the batch alone."""
+        encoding = self.coded.encode(x)
+        self.local_loss.check(encoding.output, y)
+        loss = self.local_loss.mean(encoding.output, y)
+        if loss.dim() != 0:
+            raise ValueError(f"loss must return a scalar (a mean over the batch), got shape {tuple(loss.shape)}")
         return Step(
             x,
             y,
             encoding.output,
             loss,
             encoding.codes,
-            moves,
-            [],
-            number,
-            signals,
-            encoding.states,
-            buffers,
-            keep_codes,
+            moves=[code.new_zeros(()).expand_as(code) for code in encoding.codes],  # not moved yet, no memory
+            _signals=[None] * self.coded.depth,
+            _states=encoding.states,
+            _keep=keep_codes,
+            _measures=measures,
         )
 
     @torch.no_grad()
     def solve_codes(self, step: Step) -> None:
         """Phase 2: from the top code down, each code is moved, with the already moved code above it as target."""
+        if step._solved is not None:
+            return
         signal: Tensor | None = None
         for problem, level in self.code_problems(step):
             step.moves[level] = self.codes.solve(problem)
@@ -204,6 +175,15 @@ class AltMin(nn.Module):
         Returns:
             Whether the batch was admitted (an accelerator is not asked: there it is always ``True``).
         """
+        gradients, bad = self.differentiate(step, inner) if step._solved is None else step._solved
+        assert step._buffers is not None
+        admitted = self.guard.admit(step.number, gradients, bad, step._buffers)
+        for parameter, gradient in admitted:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return bool(admitted)
+
+    def differentiate(self, step: Step, inner: int = 0) -> tuple[Gradients, Tensor]:
+        """Each stage's local gradient, and whether the batch is bad (a bool scalar); changes no parameter."""
         gradients: Gradients = []
         step.residuals = []
         for problem in self.weight_problems(step, inner):
@@ -212,11 +192,7 @@ class AltMin(nn.Module):
                 step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
         if not step._keep and inner == self.weights.steps - 1:
             step.codes_forward, step.moves = [], []
-        assert step._buffers is not None
-        admitted = self.guard.admit(step.number, gradients, self._evidence(step), step._buffers)
-        for parameter, gradient in admitted:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return bool(admitted)
+        return gradients, is_bad(gradients, self._evidence(step))
 
     # ---------------------------------------------------------------- the problems, one at a time
 
@@ -235,7 +211,7 @@ class AltMin(nn.Module):
                     loss=self.local_loss,
                     y=step.y,
                     level=level,
-                    batch=step.number,
+                    measures=step._measures,
                 ),
                 level,
             )

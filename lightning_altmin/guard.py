@@ -77,13 +77,13 @@ class Guard(ABC):
         self.policy = policy
 
     @abstractmethod
-    def admit(self, batch: int, gradients: Gradients, evidence: Sequence[Tensor], buffers: Buffers) -> Gradients:
-        """Judge a batch by its gradients and further evidence, and return the gradients that may be used.
+    def admit(self, batch: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
+        """Take a batch's gradients, or refuse them; returns those that may be used.
 
         Args:
             batch: Number of the batch, counted from 0, for the error.
             gradients: Every trainable parameter with its gradient.
-            evidence: Scalars that must be finite, and bool scalars that must be true.
+            bad: The verdict, as `is_bad` finds it.
             buffers: Buffers as they were before the batch, put back if it is bad.
 
         Raises:
@@ -127,8 +127,8 @@ class ImmediateGuard(Guard):
         self._skipped = 0
         self._last_skipped: int | None = None
 
-    def admit(self, batch: int, gradients: Gradients, evidence: Sequence[Tensor], buffers: Buffers) -> Gradients:
-        if not bool(_is_bad(gradients, evidence)):
+    def admit(self, batch: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
+        if not bool(bad):
             return gradients
         buffers.restore()
         if self.policy == "raise":
@@ -162,8 +162,7 @@ class DeferredGuard(Guard):
         self._batch_bad: Tensor | None = None
         self._stateless = False  # an optimizer that has stepped and made no state
 
-    def admit(self, batch: int, gradients: Gradients, evidence: Sequence[Tensor], buffers: Buffers) -> Gradients:
-        bad = _is_bad(gradients, evidence)
+    def admit(self, batch: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
         if self._count is None or self._first is None:
             self._count = torch.zeros((), dtype=torch.long, device=bad.device)
             self._first = torch.full((), -1, dtype=torch.long, device=bad.device)
@@ -233,7 +232,13 @@ def guard_for(device: torch.device, policy: Policy) -> Guard:
     return ImmediateGuard(policy) if device.type == "cpu" else DeferredGuard(policy)
 
 
-def _is_bad(gradients: Gradients, evidence: Sequence[Tensor]) -> Tensor:
+def is_bad(gradients: Gradients, evidence: Sequence[Tensor]) -> Tensor:
+    """Whether a batch must not be used, a bool scalar on its device.
+
+    Args:
+        gradients: Every trainable parameter with its gradient.
+        evidence: Scalars that must be finite, and bool scalars that must be true.
+    """
     # NaN and inf survive a sum of squares. A finite gradient whose squares overflow counts as diverged: Adam's second
     # moment would become inf and freeze the parameter for good. A dot product costs a tenth of a norm.
     sums = [_square_sum(g) for _, g in gradients] + [e for e in evidence if e.is_floating_point()]

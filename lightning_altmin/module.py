@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_altmin.altmin import AltMin, Step
+from lightning_altmin.altmin import AltMin
 from lightning_altmin.codes import CodeSolver
 from lightning_altmin.guard import Policy
 from lightning_altmin.metrics import Metrics
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group
+from lightning_altmin.step import Step
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer_checks import refuse_optimizer, refuse_replaced, refuse_unsupported
 from lightning_altmin.weights import LocalGradient, WeightSolver
@@ -46,6 +47,7 @@ class AltMinModule(SupervisedModule):
         accumulate_batches: Average the gradients of this many batches per optimizer step, >= 1.
         nonfinite: What NaN, inf or a diverging update in a batch does: ``"raise"`` or ``"skip"``. Neither changes
             parameters, optimizer state or buffers.
+        compile: Run a batch's phases as one compiled function: ``True`` or a mode of ``torch.compile``; see `AltMin`.
 
     Raises:
         ValueError: If a setting is out of range or names an unknown layer.
@@ -69,6 +71,7 @@ class AltMinModule(SupervisedModule):
         gradient_clip_norm: float | dict[str, float] | None = None,
         accumulate_batches: int = 1,
         nonfinite: Policy = "raise",
+        compile: bool | str = False,
     ) -> None:
         loss = nn.CrossEntropyLoss() if loss is None else loss
         super().__init__(loss, metrics, lr_scheduler, lr_interval, lr_frequency, lr_monitor)
@@ -80,6 +83,7 @@ class AltMinModule(SupervisedModule):
             codes=codes,
             weights=self._with_layer_optimizers(weights),
             nonfinite=nonfinite,
+            compile=compile,
         )
         if accumulate_batches != int(accumulate_batches) or accumulate_batches < 1:
             raise ValueError(f"accumulate_batches must be an integer >= 1, got {accumulate_batches}")

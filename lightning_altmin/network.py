@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,21 @@ class CodedNetwork:
             states.append(state)
         return Encoding(codes[:-1], codes[-1], states)
 
+    def encode_as_evaluated(self, x: Tensor) -> Encoding:
+        """`encode` in eval mode: no statistics are updated, nothing is dropped."""
+        with self._evaluating():
+            return self.encode(x)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = {module: module.training for module in self.network.modules()}
+        self.network.eval()
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
     def __call__(self, x: Tensor) -> Tensor:
         """The ordinary forward pass."""
         output: Tensor = self.network(x)
@@ -156,17 +172,12 @@ class CodedNetwork:
             f"{type(self.network).__name__}.forward is not features -> (avgpool) -> flatten -> classifier, so its "
             "stages cannot be found by name; pass an nn.Sequential or a list of blocks instead"
         )
-        training = {module: module.training for module in self.network.modules()}
         try:
-            self.network.eval()
-            with torch.no_grad():
+            with self._evaluating(), torch.no_grad():
                 output = self.encode(x).output
                 expected = self.network(x)
         except ValueError as error:
             raise ValueError(f"either x does not fit the network, or {refusal}: {error}") from error
-        finally:
-            for module, mode in training.items():
-                module.training = mode
         if expected.shape != output.shape or not torch.allclose(expected, output, rtol=1e-4, atol=1e-5):
             raise ValueError(refusal)
 
@@ -183,13 +194,7 @@ class CodedNetwork:
         """
         shapes = ["?"] * len(self.stages)
         if x is not None:
-            training = {module: module.training for module in self.network.modules()}
-            self.network.eval()
-            try:
-                encoding = self.encode(x)
-            finally:
-                for module, mode in training.items():
-                    module.training = mode
+            encoding = self.encode_as_evaluated(x)
             shapes = ["x".join(map(str, c.shape[1:])) for c in (*encoding.codes, encoding.output)]
         rows = [("stage", "modules", "code", "parameters", "engine")]
         for stage, shape in zip(self.stages, shapes, strict=True):

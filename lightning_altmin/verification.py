@@ -13,7 +13,8 @@ from lightning_altmin.engines import stage_engine
 from lightning_altmin.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from lightning_altmin.altmin import AltMin, Step
+    from lightning_altmin.altmin import AltMin
+    from lightning_altmin.step import Step
 
 
 class EngineMismatchError(RuntimeError):

@@ -11,12 +11,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_altmin.altmin import AltMin, Step
+from lightning_altmin.altmin import AltMin
 from lightning_altmin.callbacks.altmin_access import altmin_module
 from lightning_altmin.callbacks.dead_units import dead_share
 from lightning_altmin.callbacks.layer_watch import LayerWatch
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import ReferenceObjective
+from lightning_altmin.step import Step
 
 
 class CodeMonitor(LayerWatch):

@@ -33,7 +33,7 @@ class CodeProblem:
         loss: The network's loss.
         y: Targets of the batch.
         level: Index of the code, counted from 0 at the bottom.
-        batch: Number of the batch since training began.
+        measures: Whether the solver may measure in this batch, as its `CodeSolver.measures` said.
         rate: Set by a solver whose step lengths vary from batch to batch: the share of a plain step of rate 1 that it
             took, a scalar. The weight step divides by these shares; see `WeightProblem.signal`.
     """
@@ -47,7 +47,7 @@ class CodeProblem:
     loss: LocalLoss
     y: Any
     level: int
-    batch: int
+    measures: bool
     rate: Tensor | None = None
 
     @property
@@ -122,6 +122,10 @@ class CodeSolver(nn.Module, ABC):
     def prepare(self, depth: int) -> None:
         """Called once with the number of codes; a solver that keeps something per code makes its buffers here."""
         return
+
+    def measures(self, batch: int) -> bool:
+        """Whether the solver wants to measure something in this batch, counted from 0 since training began."""
+        return False
 
     @abstractmethod
     def solve(self, problem: CodeProblem) -> Tensor:

@@ -53,10 +53,13 @@ class CurvatureCodes(CodeSolver):
         # 1 is the anchor's share, the least that the curvature can be.
         self.register_buffer("curvature", torch.ones(depth, dtype=torch.float64))
 
+    def measures(self, batch: int) -> bool:
+        return batch < _FIRST or batch % self.every == 0
+
     def solve(self, problem: CodeProblem) -> Tensor:
         rate = self.share / self.curvature[problem.level]
         gradient = problem.gradient()
-        if problem.batch < _FIRST or problem.batch % self.every == 0:
+        if problem.measures:
             self._measure(problem, gradient)
         move = gradient * -rate
         for _ in range(self.steps - 1):

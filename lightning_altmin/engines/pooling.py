@@ -63,14 +63,17 @@ def _tile_max(x: Tensor, size: int, dim: int) -> Tensor:
 
 def _to_maxima(grad: Tensor, x: Tensor, maxima: Tensor, size: int, dim: int) -> Tensor:
     """Each tile's gradient at the first of its maxima, zero elsewhere; shaped like ``x``."""
-    gradient = torch.zeros_like(x) if x.shape[dim] % size else torch.empty_like(x)
-    rest, nothing = grad, grad.new_zeros(())
-    *first, last = zip(_slices(x, size, dim), _slices(gradient, size, dim), strict=True)
-    for value, place in first:
-        torch.where(value == maxima, rest, nothing, out=place)
-        rest = rest - place
-    last[1].copy_(rest)
-    return gradient
+    parts, rest, nothing = [], grad, grad.new_zeros(())
+    for value in _slices(x, size, dim)[:-1]:
+        part = torch.where(value == maxima, rest, nothing)
+        parts.append(part)
+        rest = rest - part
+    parts.append(rest)
+    gradient = torch.stack(parts, dim if dim == -2 else x.dim()).flatten(x.dim() + dim, x.dim() + dim + 1)
+    unread = x.shape[dim] % size
+    if not unread:
+        return gradient
+    return functional.pad(gradient, (0, unread) if dim == -1 else (0, 0, 0, unread))
 
 
 def _tiles(pool: nn.MaxPool2d) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adam, AdamW, NAdam, RMSprop, Rprop
 
 from lightning_altmin import AltMin, LocalGradient, altmin
-from lightning_altmin.guard import DeferredGuard, Guard, ImmediateGuard, NonFiniteError, guard_for
+from lightning_altmin.engines import Gradients
+from lightning_altmin.guard import Buffers, DeferredGuard, Guard, ImmediateGuard, NonFiniteError, guard_for, is_bad
 from tests.core.comparisons import assert_bit_equal
 
 OPTIMIZERS: dict[str, Any] = {
@@ -43,6 +44,11 @@ def guard_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """The guard that every new core gets, whatever its device."""
     monkeypatch.setattr(altmin, "guard_for", lambda device, policy: request.param(policy))
     return request.param
+
+
+def judged(guard: Guard, batch: int, gradients: Gradients) -> Gradients:
+    """The gradients that the guard admits."""
+    return guard.admit(batch, gradients, is_bad(gradients, [torch.tensor(0.5)]), Buffers([]))
 
 
 def make(nonfinite: Any, optimizer: Any = OPTIMIZERS["adam"], steps: int = 1) -> AltMin:
@@ -184,14 +190,12 @@ def test_label_evidence() -> None:
 
 def test_guards_look_at_every_gradient(guard_type: type[Guard]) -> None:
     """Catches an inf that cancels, hides behind finite gradients, or sits in half precision."""
-    from lightning_altmin.guard import Buffers
-
     inf = float("inf")
     parameter = nn.Parameter(torch.zeros(4))
 
     def admitted(*gradient: Tensor) -> bool:
         guard = guard_type("skip")
-        guard.admit(0, [(parameter, g) for g in gradient], [torch.tensor(1.0)], Buffers([]))
+        judged(guard, 0, [(parameter, g) for g in gradient])
         return guard.skipped == 0
 
     assert admitted(torch.ones(4), torch.full((4,), 1e18))
@@ -215,8 +219,6 @@ def test_nothing_waits_for_the_device() -> None:
 
         __int__ = __float__ = item = tolist = __bool__  # type: ignore[assignment]
 
-    from lightning_altmin.guard import Buffers
-
     linear = nn.Linear(2, 2)
     for optimizer in (Adam(linear.parameters(), fused=True), Adam(linear.parameters()), SGD(linear.parameters())):
         guard = DeferredGuard("raise")
@@ -224,7 +226,7 @@ def test_nothing_waits_for_the_device() -> None:
             gradients = [(p, torch.ones_like(p)) for p in linear.parameters()]
             if number > 0:
                 gradients = [(p, g.as_subclass(Unread)) for p, g in gradients]
-            for p, g in guard.admit(number, gradients, [torch.tensor(0.5)], Buffers([])):
+            for p, g in judged(guard, number, gradients):
                 p.grad = g.as_subclass(Tensor)
             with guard.protect(optimizer):
                 optimizer.step()

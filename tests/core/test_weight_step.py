@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin import AltMin, AltMinObjective, CodedNetwork, GradientCodes, LocalGradient
-from lightning_altmin.altmin import Step
+from lightning_altmin import AltMin, AltMinObjective, CodedNetwork, GradientCodes, LocalGradient, Step
 from tests.core.written_out import batch, convolutional, network, stage_functions
 
 MU, LAMBDA_W = 0.3, 0.02

@@ -1,0 +1,53 @@
+"""What one mini-batch carries through the three phases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_altmin.engines import BatchState, Gradients
+from lightning_altmin.guard import Buffers
+
+
+@dataclass
+class Step:
+    """What one mini-batch carries through the three phases; also the result of ``AltMin.step``.
+
+    Attributes:
+        x: Inputs, shape ``(batch, *features)``.
+        y: Targets.
+        output: The network's output before the update, shape ``(batch, *output)``.
+        loss: The loss at ``output``, a scalar (not yet looked at: no device sync).
+        codes_forward: Forward codes, one tensor ``(batch, *code)`` per hidden stage.
+        moves: How far the code step moved each code, shaped like the codes.
+        residuals: Per hidden stage ``||f_l(input) - c_l||^2``, batch mean, before the weights moved.
+    """
+
+    x: Tensor
+    y: Any
+    output: Tensor
+    loss: Tensor
+    codes_forward: list[Tensor]
+    moves: list[Tensor]
+    residuals: list[Tensor] = field(default_factory=list)
+    number: int = 0
+    """Number of the batch, counted from 0 since training began."""
+    _signals: list[Tensor | None] = field(default_factory=list, repr=False)
+    _states: list[BatchState] = field(default_factory=list, repr=False)
+    _keep: bool = field(default=True, repr=False)
+    _measures: bool = field(default=False, repr=False)
+    _buffers: Buffers | None = field(default=None, repr=False)
+    _solved: tuple[Gradients, Tensor] | None = field(default=None, repr=False)
+    """Gradients and verdict, where a compiled function has computed all phases at once."""
+
+    @property
+    def codes(self) -> list[Tensor]:
+        """The moved codes, ``codes_forward + moves``."""
+        return [forward + move for forward, move in zip(self.codes_forward, self.moves, strict=True)]
+
+    def moved_code(self, level: int, last_use: bool) -> Tensor:
+        """One moved code; at its last use the forward code's memory is taken for it."""
+        forward, move = self.codes_forward[level], self.moves[level]
+        return forward.add_(move) if last_use else forward + move
