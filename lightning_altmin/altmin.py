@@ -97,8 +97,8 @@ class AltMin(nn.Module):
         Args:
             x: Inputs, shape ``(batch, *features)``.
             y: Targets, first dimension ``batch``.
-            keep_codes: Keep codes, moves and residuals in the result; ``False`` moves the codes in place, and the
-                result then has none of them.
+            keep_codes: Keep codes, moves and residuals in the result; ``False`` frees each as soon as nothing needs
+                it, and the result then has none of them.
 
         Returns:
             The batch's codes, loss and residuals; nothing in it has been looked at, so no device sync happened.
@@ -219,26 +219,24 @@ class AltMin(nn.Module):
 
     def weight_problems(self, step: Step, inner: int = 0) -> Iterator[WeightProblem]:
         """The stages' problems; none depends on another's result."""
-        outputs = [*step.codes_forward, step.output]
-        overwrites = not step._keep and inner == self.weights.steps - 1
+        frees = not step._keep and inner == self.weights.steps - 1
         for level, stage in enumerate(self.coded.stages):
-            forward = level == 0 or self.weights.inputs_of(stage) == "forward"
-            if level == 0:
-                below = step.x
-            else:
-                below = step.codes_forward[level - 1] if forward else step.moved_code(level - 1, overwrites)
+            forward = step.x if level == 0 else step.codes_forward[level - 1]
+            moved = level > 0 and self.weights.inputs_of(stage) == "moved"
             yield WeightProblem(
                 objective=self.objective,
                 stage=stage,
                 state=step._states[level],
-                input=below,
-                forward_output=outputs[level],
+                input=forward + step.moves[level - 1] if moved else forward,
+                forward_output=step.output if stage.is_output else step.codes_forward[level],
                 move=None if stage.is_output else step.moves[level],
-                known=inner == 0 and forward,  # encoded at exactly this input
+                forward_input=forward if inner == 0 else None,
                 loss=self.local_loss,
                 y=step.y,
                 signal=None if stage.is_output else step._signals[level],
             )
+            if frees and level > 0:  # the next stage reads this one's code, and nobody the one below
+                step.codes_forward[level - 1] = step.moves[level - 1] = step.loss
 
     # ---------------------------------------------------------------- state
 

@@ -200,7 +200,7 @@ class AltMinModule(SupervisedModule):
     def setup(self, stage: str) -> None:
         """Refuse Trainer features that cannot work, before anything else happens."""
         if stage == "fit":
-            refuse_unsupported(self.trainer)
+            refuse_unsupported(self.trainer, self.core.coded)
             # Lightning warns that the checkpoint holds the state *after* the step, as every checkpoint should.
             warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
 

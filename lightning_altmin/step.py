@@ -46,8 +46,3 @@ class Step:
     def codes(self) -> list[Tensor]:
         """The moved codes, ``codes_forward + moves``."""
         return [forward + move for forward, move in zip(self.codes_forward, self.moves, strict=True)]
-
-    def moved_code(self, level: int, last_use: bool) -> Tensor:
-        """One moved code; at its last use the forward code's memory is taken for it."""
-        forward, move = self.codes_forward[level], self.moves[level]
-        return forward.add_(move) if last_use else forward + move

@@ -8,7 +8,9 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, Sto
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch.optim import LBFGS, Optimizer
 
-_PRECISIONS = ("32-true", "64-true")
+from lightning_altmin.network import CodedNetwork
+
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
 def refuse_replaced(trainer: Trainer) -> None:
@@ -31,7 +33,7 @@ def refuse_replaced(trainer: Trainer) -> None:
         )
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(trainer: Trainer, coded: CodedNetwork) -> None:
     """Check what is known before the optimizer exists.
 
     Raises:
@@ -49,8 +51,14 @@ def refuse_unsupported(trainer: Trainer) -> None:
         )
     if trainer.precision not in _PRECISIONS:
         raise MisconfigurationException(
-            f"precision={trainer.precision!r} is not supported yet: codes are differences of nearly equal numbers and "
-            f"lose them in 16 bits. Use one of {_PRECISIONS}"
+            f"precision={trainer.precision!r} is not supported: moves of codes are smaller than half precision can "
+            f"hold, and parameters of 16 bits lose most updates. Use one of {_PRECISIONS}"
+        )
+    by_autograd = [stage.name for stage in coded.stages if stage.engine.kind != "closed_form"]
+    if trainer.precision == "bf16-mixed" and by_autograd:
+        raise MisconfigurationException(
+            f"precision='bf16-mixed' needs closed forms, but stages {by_autograd} are differentiated by autograd, "
+            "which would round a code's move away. Use precision='32-true'"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateFinder | _LRCallback):

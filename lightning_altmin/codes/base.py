@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import BatchState
+from lightning_altmin.engines import BatchState, StageMap
 from lightning_altmin.losses import LocalLoss
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
@@ -70,7 +70,7 @@ class CodeProblem:
         """Gradient of ``J / mu``, summed over samples, at ``forward + move``; without a move it costs no forward."""
         code = self.forward if move is None else self.forward + move
         stage = self.above.fixed(code, self.state)
-        gradient = stage.input_gradient(self._output_gradient(None if move is None else stage.output()))
+        gradient = stage.input_gradient(self._output_gradient(None if move is None else self._change(stage)))
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
             gradient = gradient.add_(anchor)
@@ -86,10 +86,10 @@ class CodeProblem:
         quadratic loss. The l1 term has no curvature.
         """
         code = self.forward if move is None else self.forward + move
-        output = self.forward_output if move is None else self.above.fixed(code, self.state).output()
-        stepped = self.above.fixed(code - direction, self.state).output()
-        bend = self._output_gradient(output) - self._output_gradient(stepped)
-        curvature = ((output - stepped) * bend).flatten(1).sum(1)
+        change = None if move is None else self._change(self.above.fixed(code, self.state))
+        stepped = self._change(self.above.fixed(code - direction, self.state))
+        bend = self._output_gradient(change) - self._output_gradient(stepped)
+        curvature = ((-stepped if change is None else change - stepped) * bend).flatten(1).sum(1)
         anchor = self.objective.code_anchor_gradient(direction)
         return curvature if anchor is None else curvature + (anchor * direction).flatten(1).sum(1)
 
@@ -105,15 +105,17 @@ class CodeProblem:
         value = value + self.objective.code_anchor_value(move)
         return value + self.objective.code_sparsity_value(code)
 
-    def _output_gradient(self, output: Tensor | None) -> Tensor:
-        """With respect to the output above, known to be ``forward_output`` if ``None``."""
+    def _change(self, stage: StageMap) -> Tensor:
+        """How far the output above is from ``forward_output``."""
+        return stage.change(self.forward, self.forward_output)
+
+    def _output_gradient(self, change: Tensor | None) -> Tensor:
+        """With respect to the output above, ``forward_output + change``."""
         if self.target_move is None:
-            return self.objective.code_loss_gradient(
-                self.loss, self.forward_output if output is None else output, self.y
-            )
-        if output is None:
-            return self.objective.code_coupling_gradient(-self.target_move)
-        return self.objective.code_coupling_gradient(output - self.forward_output - self.target_move)
+            output = self.forward_output if change is None else self.forward_output + change
+            return self.objective.code_loss_gradient(self.loss, output, self.y)
+        residual = -self.target_move if change is None else change - self.target_move
+        return self.objective.code_coupling_gradient(residual)
 
 
 class CodeSolver(nn.Module, ABC):

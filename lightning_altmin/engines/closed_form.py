@@ -19,6 +19,9 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         module: The module whose mathematics the rule states. It is read at every call, so weights may change.
     """
 
+    affine: ClassVar[bool] = False
+    """Whether the output is a linear function of the input plus a constant, given the batch's state."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
@@ -29,6 +32,10 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Output given the batch's state, and whatever the derivatives want to keep of the computation."""
         raise TypeError(f"{type(self).__name__} must define forward")
+
+    def change(self, difference: Tensor, state: Any) -> Tensor:
+        """Change of the output for a change of the input; to be defined where `affine` is set."""
+        raise TypeError(f"{type(self).__name__} must define change, or leave affine at False")
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         """Vector-Jacobian product with respect to the input."""
@@ -92,14 +99,22 @@ class ClosedFormMap(StageMap):
     """A chain of rules at one input."""
 
     def __init__(self, rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> None:
-        self._points: list[Point] = []
-        below: Point | None = None
-        for rule, state in zip(rules, states, strict=True):
-            below = Point(rule, state, x if below is None else None, below)
-            self._points.append(below)
+        self._points = _chain(rules, x, states)
 
     def output(self) -> Tensor:
         return self._points[-1].y
+
+    def change(self, base: Tensor, base_output: Tensor) -> Tensor:
+        affine = len(self._points)  # from here on, every rule is
+        while affine > 0 and self._points[affine - 1].rule.affine:
+            affine -= 1
+        if affine == len(self._points):
+            return self.output() - base_output
+        below = _chain([p.rule for p in self._points[:affine]], base, [p.state for p in self._points[:affine]])
+        difference = self._points[affine].x - (below[-1].y if below else base)
+        for point in self._points[affine:]:
+            difference = point.rule.change(difference, point.state)
+        return difference
 
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         for point in reversed(self._points):
@@ -118,6 +133,15 @@ class ClosedFormMap(StageMap):
             if index > lowest:
                 grad_output = point.rule.input_gradient(grad_output, point)
         return gradients
+
+
+def _chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> list[Point]:
+    points: list[Point] = []
+    below: Point | None = None
+    for rule, state in zip(rules, states, strict=True):
+        below = Point(rule, state, x if below is None else None, below)
+        points.append(below)
+    return points
 
 
 class ClosedFormEngine(StageEngine):

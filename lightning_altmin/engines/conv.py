@@ -20,11 +20,19 @@ def _is_plain(conv: _ConvNd) -> bool:
 class ConvRule(Rule):
     """Cross-correlation with zero padding; stride, dilation and groups as the module says."""
 
+    affine = True
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._apply(x, self.module.bias), None
+
+    def change(self, difference: Tensor, state: Any) -> Tensor:
+        return self._apply(difference, None)
+
+    def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.module
         return torch.convolution(
-            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, False, _zeros(conv), conv.groups
-        ), None
+            x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, False, _zeros(conv), conv.groups
+        ).to(x.dtype)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         gradient: Tensor = self._backward(grad, at.x, (True, False, False))[0]

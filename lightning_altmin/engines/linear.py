@@ -13,20 +13,28 @@ from lightning_altmin.engines.closed_form import Point, Rule, closed_form
 
 @closed_form(nn.Linear)
 class LinearRule(Rule):
-    """``y = x W^T + b`` over the last dimension; leading dimensions are summed over in the weight gradient."""
+    """``y = x W^T + b`` over the last dimension; leading dimensions are summed over in the weight gradient.
+
+    Products may run in 16 bits under autocast; what they return is stored as what they were given.
+    """
+
+    affine = True
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return functional.linear(x, self.module.weight, self.module.bias), None
+        return functional.linear(x, self.module.weight, self.module.bias).to(x.dtype), None
+
+    def change(self, difference: Tensor, state: Any) -> Tensor:
+        return functional.linear(difference, self.module.weight).to(difference.dtype)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
-        return grad @ self.module.weight
+        return (grad @ self.module.weight).to(grad.dtype)
 
     def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
         weight, bias = self.module.weight, self.module.bias
         rows = grad.reshape(-1, grad.shape[-1])
         gradients: Gradients = []
         if weight.requires_grad:
-            gradients.append((weight, rows.t() @ at.x.reshape(-1, at.x.shape[-1])))
+            gradients.append((weight, (rows.t() @ at.x.reshape(-1, at.x.shape[-1])).to(weight.dtype)))
         if bias is not None and bias.requires_grad:
             gradients.append((bias, rows.sum(0)))
         return gradients

@@ -32,6 +32,8 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 class FixedBatchNormRule(Rule):
     """``y = (x - mean) / deviation * weight + bias`` with the statistics that encode found for this batch."""
 
+    affine = True
+
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         norm = self.module
         from_batch = uses_batch_statistics(norm)
@@ -55,6 +57,9 @@ class FixedBatchNormRule(Rule):
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         scale, shift = self._affine(state)
         return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x)), None
+
+    def change(self, difference: Tensor, state: Any) -> Tensor:
+        return difference * _per_channel(self._affine(state)[0], difference)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         return grad * _per_channel(self._affine(at.state)[0], grad)

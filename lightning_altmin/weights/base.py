@@ -33,7 +33,7 @@ class WeightProblem:
         input: The code below (or x), shape ``(batch, *code)``.
         forward_output: The stage's forward code (or the network's output), as encode found it.
         move: Move of the stage's code, or ``None`` for the output stage.
-        known: Whether ``stage`` at ``input`` still is ``forward_output``: encoded at this input, weights unchanged.
+        forward_input: The input at which encode found ``forward_output``; ``None`` once the weights have changed.
         loss: The network's loss.
         y: Targets of the batch.
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
@@ -47,12 +47,17 @@ class WeightProblem:
     input: Tensor
     forward_output: Tensor
     move: Tensor | None
-    known: bool
+    forward_input: Tensor | None
     loss: LocalLoss
     y: Any
     signal: Tensor | None = None
     residual: Tensor | None = None
     """``f(input) - target`` of a hidden stage, set by `gradients`."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the stage at ``input`` is still ``forward_output``."""
+        return self.forward_input is self.input
 
     @property
     def target(self) -> Tensor:
@@ -77,7 +82,12 @@ class WeightProblem:
         if self.move is None:
             return self.loss.mean_gradient(self.forward_output if self.known else stage.output(), self.y)
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
-        self.residual = -self.move if self.known else stage.output() - self.forward_output - self.move
+        if self.known:
+            self.residual = -self.move
+        elif self.forward_input is None:
+            self.residual = stage.output() - self.forward_output - self.move
+        else:
+            self.residual = stage.change(self.forward_input, self.forward_output) - self.move
         gradient = self.objective.weight_coupling_gradient(self.residual)
         return gradient if self.signal is None else gradient / self.signal
 

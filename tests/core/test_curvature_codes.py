@@ -140,12 +140,12 @@ def test_more_steps_go_further_and_keep_the_gradients_size() -> None:
 DEEP = functools.partial(MLP, 20, [30] * 12, 5, activation="tanh")
 
 
-@pytest.mark.parametrize(("make", "tolerance"), [(DEEP, 0.5), (LeNet5, 0.01)], ids=["deep", "lenet"])
+@pytest.mark.parametrize(("make", "tolerance"), [(DEEP, 0.1), (LeNet5, 1e-3)], ids=["deep", "lenet"])
 def test_small_moves_are_not_rounded_away(make: Any, tolerance: float) -> None:
     """Catches residuals taken as differences of stored codes: single precision must give what double precision gives.
 
-    After eleven hidden layers the lowest move is about 1e-10 of the code, which would be nothing but noise. What the
-    input's own move adds to a residual is rounded in the one or two layers where it is near the code's last bit.
+    After eleven hidden layers the lowest move is about 1e-10 of the code, nothing but noise. What is lost is
+    how an input's own move changes the residual where that move is below the code's last bit: a small part of it.
     """
     torch.manual_seed(0)
     double = make().double()

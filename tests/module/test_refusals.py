@@ -11,14 +11,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 
-from lightning_altmin import AltMinModule, LocalGradient
+from lightning_altmin import AltMinModule, CodedNetwork, LocalGradient
 from lightning_altmin.trainer_checks import refuse_unsupported
 from tests.module.problems import loader, network, trainer, weights
 
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "clip": ({"gradient_clip_val": 0.5}, r"use AltMinModule\(gradient_clip_norm=0.5\)"),
     "accumulate": ({"accumulate_grad_batches": 4}, r"use AltMinModule\(accumulate_batches=4\)"),
-    "precision": ({"precision": "bf16-mixed"}, "precision='bf16-mixed' is not supported"),
+    "precision": ({"precision": "16-true"}, "precision='16-true' is not supported"),
     "finder": ({"callbacks": [LearningRateFinder()]}, "learning-rate finder .* compare a few rates"),
     "swa": ({"callbacks": [StochasticWeightAveraging(0.1)]}, "use the WeightAveraging callback"),
 }
@@ -77,7 +77,7 @@ def test_strategies_are_refused(strategy: str, world_size: int, message: str) ->
         strategy=type(strategy, (), {})(), world_size=world_size, precision="32-true", callbacks=[]
     )
     with pytest.raises(MisconfigurationException, match=message):
-        refuse_unsupported(fake)
+        refuse_unsupported(fake, CodedNetwork(network()))
 
 
 def test_what_works_is_not_refused() -> None:
