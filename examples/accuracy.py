@@ -29,7 +29,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch import nn
 
-from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, CurvatureCodes, LocalGradient
+from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, CodedNetwork, CurvatureCodes, LocalGradient
 from lightning_altmin.data import ImageFolderDataModule, VisionDataModule
 from lightning_altmin.nn import MLP, ConvNet, LeNet5
 
@@ -48,6 +48,13 @@ class Setting:
 RATES = (0.001, 0.002, 0.004, 0.006, 0.008, 0.012)
 BACKPROP = [Setting(lr) for lr in RATES]
 ALTMIN = [Setting(lr, mu=0.2, share=0.2) for lr in RATES]  # mu and share are the defaults
+LIVE = "AltMin, live BatchNorm"  # CodedNetwork(..., batch_norm="live")
+
+
+def methods(network: str) -> dict[str, list[Setting]]:
+    """Methods by name, each with the settings that are tried."""
+    live = {LIVE: ALTMIN} if "BatchNorm" in network else {}
+    return {"backprop": BACKPROP, "AltMin": ALTMIN, **live}
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,9 @@ def train(row: Row, suite: Suite, data: LightningDataModule) -> Row:
         "lr_interval": "step",
     }
     module: AltMinModule | BackpropModule
-    if row.method == "AltMin":
+    if row.method != "backprop":
         module = AltMinModule(
-            network,
+            CodedNetwork(network, batch_norm="live" if row.method == LIVE else "fixed"),
             objective=AltMinObjective(mu=row.mu),
             codes=CurvatureCodes(share=row.share),
             weights=LocalGradient(optimizer),
@@ -194,7 +201,7 @@ def planned(name: str, suite: Suite, phase: str, rows: list[Row]) -> list[Row]:
     lengths = suite.tune_epochs if phase == "tune" else suite.epochs
     for network, (index, epochs) in itertools.product(suite.networks, enumerate(lengths)):
         for seed in range(1 if phase == "tune" else suite.seeds):
-            for method, settings in (("backprop", BACKPROP), ("AltMin", ALTMIN)):
+            for method, settings in methods(network).items():
                 chosen = settings if phase == "tune" else [best(rows, name, network, method, suite.tune_epochs[index])]
                 # Seeds of the final runs are not those of the tuning run.
                 seed_used = 100 if phase == "tune" else seed
@@ -225,32 +232,36 @@ def run(phase: str, name: str, root: str, path: Path) -> None:
               f"{100 * row.accuracy:.2f} % in {row.seconds:.0f} s", flush=True)  # fmt: skip
 
 
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
 def table(path: Path) -> str:
     """Means over seeds, and the mean paired difference with a 95 % interval (t distribution)."""
     t_quantile = {2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 %, degrees of freedom = seeds - 1
     lines = [
-        "| network | epochs | seeds | backprop % | AltMin % | AltMin - backprop (95 %) | rates (backprop; AltMin) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| network | epochs | seeds | backprop % | method | its % | - backprop (95 %) | rates (backprop; it) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     final = [r for r in read(path) if r.phase == "final"]
     for suite, network, epochs in dict.fromkeys((r.suite, r.network, r.epochs) for r in final):
-        of = {
+        runs: dict[str, dict[int, Row]] = {
             m: {r.seed: r for r in final if (r.suite, r.network, r.epochs, r.method) == (suite, network, epochs, m)}
-            for m in ("backprop", "AltMin")
+            for m in methods(network)
         }
-        seeds = sorted(of["backprop"].keys() & of["AltMin"].keys())
-        if len(seeds) < 2:
-            continue
-        accuracy = {m: [100 * of[m][s].accuracy for s in seeds] for m in of}
-        difference = [a - b for a, b in zip(accuracy["AltMin"], accuracy["backprop"], strict=True)]
-        half = t_quantile.get(len(seeds) - 1, 12.71) * statistics.stdev(difference) / math.sqrt(len(seeds))
-        b, a = of["backprop"][seeds[0]], of["AltMin"][seeds[0]]
-        means = {m: f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for m, v in accuracy.items()}
         dataset = "CIFAR-10" if suite.startswith("cifar") else "MNIST"
-        lines.append(
-            f"| {dataset} {network} | {epochs} | {len(seeds)} | {means['backprop']} | {means['AltMin']} | "
-            f"{statistics.mean(difference):+.2f} ± {half:.2f} | {b.lr}; {a.lr} |"
-        )
+        for method in list(runs)[1:]:
+            seeds = sorted(runs["backprop"].keys() & runs[method].keys())
+            if len(seeds) < 2:
+                continue
+            theirs, ours = ([100 * runs[m][s].accuracy for s in seeds] for m in ("backprop", method))
+            difference = [a - b for a, b in zip(ours, theirs, strict=True)]
+            half = t_quantile.get(len(seeds) - 1, 12.71) * statistics.stdev(difference) / math.sqrt(len(seeds))
+            lines.append(
+                f"| {dataset} {network} | {epochs} | {len(seeds)} | {_spread(theirs)} | {method} | {_spread(ours)} | "
+                f"{statistics.mean(difference):+.2f} ± {half:.2f} | "
+                f"{runs['backprop'][seeds[0]].lr}; {runs[method][seeds[0]].lr} |"
+            )
     return "\n".join(lines)
 
 

@@ -154,15 +154,29 @@ class AltMin(nn.Module):
 
     @torch.no_grad()
     def solve_codes(self, step: Step) -> None:
-        """Phase 2: from the top code down, each code is moved, with the already moved code above it as target."""
+        """Phase 2: from the top code down, each code is moved, with the already moved code above it as target.
+
+        Where codes are not kept, a stage's gradients are computed as soon as its own code and the one below have moved,
+        and its code is freed: weights change after all of them, so the order does not matter.
+        """
         if step._solved is not None:
             return
         signal: Tensor | None = None
+        frees = not step._keep and self.weights.steps == 1
+        gradients: Gradients = []
         for problem, level in self.code_problems(step):
             step.moves[level] = self.codes.solve(problem)
             if problem.rate is not None:
                 signal = problem.rate if signal is None else problem.rate * signal
             step._signals[level] = signal
+            del problem  # which holds the code above
+            if frees:
+                gradients += self.weights.gradients(self.weight_problem(step, level + 1))
+                del step.codes_forward[level + 1 :], step.moves[level + 1 :]
+        if frees:
+            gradients += self.weights.gradients(self.weight_problem(step, 0))
+            step.codes_forward, step.moves = [], []
+            step._solved = gradients, is_bad(gradients, self._evidence(step))
 
     @torch.no_grad()
     def fill_gradients(self, step: Step, inner: int = 0) -> bool:
@@ -191,8 +205,6 @@ class AltMin(nn.Module):
             gradients += self.weights.gradients(problem)
             if step._keep and problem.residual is not None:
                 step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
-        if not step._keep and inner == self.weights.steps - 1:
-            step.codes_forward, step.moves = [], []
         return gradients, is_bad(gradients, self._evidence(step))
 
     # ---------------------------------------------------------------- the problems, one at a time
@@ -219,24 +231,25 @@ class AltMin(nn.Module):
 
     def weight_problems(self, step: Step, inner: int = 0) -> Iterator[WeightProblem]:
         """The stages' problems; none depends on another's result."""
-        frees = not step._keep and inner == self.weights.steps - 1
-        for level, stage in enumerate(self.coded.stages):
-            forward = step.x if level == 0 else step.codes_forward[level - 1]
-            moved = level > 0 and self.weights.inputs_of(stage) == "moved"
-            yield WeightProblem(
-                objective=self.objective,
-                stage=stage,
-                state=step._states[level],
-                input=forward + step.moves[level - 1] if moved else forward,
-                forward_output=step.output if stage.is_output else step.codes_forward[level],
-                move=None if stage.is_output else step.moves[level],
-                forward_input=forward if inner == 0 else None,
-                loss=self.local_loss,
-                y=step.y,
-                signal=None if stage.is_output else step._signals[level],
-            )
-            if frees and level > 0:  # the next stage reads this one's code, and nobody the one below
-                step.codes_forward[level - 1] = step.moves[level - 1] = step.loss
+        return (self.weight_problem(step, level, inner) for level in range(self.coded.depth + 1))
+
+    def weight_problem(self, step: Step, level: int, inner: int = 0) -> WeightProblem:
+        """The problem of one stage, counted from 0 at the bottom."""
+        stage = self.coded.stages[level]
+        forward = step.x if level == 0 else step.codes_forward[level - 1]
+        moved = level > 0 and self.weights.inputs_of(stage) == "moved"
+        return WeightProblem(
+            objective=self.objective,
+            stage=stage,
+            state=step._states[level],
+            input=forward + step.moves[level - 1] if moved else forward,
+            forward_output=step.output if stage.is_output else step.codes_forward[level],
+            move=None if stage.is_output else step.moves[level],
+            forward_input=forward if inner == 0 else None,
+            loss=self.local_loss,
+            y=step.y,
+            signal=None if stage.is_output else step._signals[level],
+        )
 
     # ---------------------------------------------------------------- state
 

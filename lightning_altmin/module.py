@@ -16,6 +16,7 @@ from lightning_altmin.altmin import AltMin
 from lightning_altmin.codes import CodeSolver
 from lightning_altmin.guard import Policy
 from lightning_altmin.metrics import Metrics
+from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group
 from lightning_altmin.step import Step
@@ -58,7 +59,7 @@ class AltMinModule(SupervisedModule):
 
     def __init__(
         self,
-        network: nn.Module | None = None,
+        network: nn.Module | CodedNetwork | None = None,
         loss: nn.Module | Callable[[Tensor, Any], Tensor] | None = None,
         codes: CodeSolver | None = None,
         weights: WeightSolver | None = None,

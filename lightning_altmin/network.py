@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ _NORMALIZATION = (
     nn.RMSNorm,
 )
 _PARAMETRIC_TRANSFER = (nn.PReLU,)
+BatchNormInCodeStep = Literal["fixed", "live"]
 
 
 class Stage:
@@ -40,8 +42,10 @@ class Stage:
         affine: Sequence[nn.Module],
         is_output: bool,
         engine: str = "auto",
+        batch_norm: BatchNormInCodeStep = "fixed",
     ) -> None:
         self.name = name
+        self._live_in_code_step = batch_norm == "live"
         self.transfer = list(transfer)
         self.affine = list(affine)
         self.is_output = is_output
@@ -73,7 +77,7 @@ class Stage:
 
     def fixed(self, x: Tensor, state: BatchState) -> StageMap:
         """The stage at ``x`` as the code step sees it."""
-        return self.engine.fixed(x, state)
+        return self.engine.live(x, state) if self._live_in_code_step else self.engine.fixed(x, state)
 
     def live(self, x: Tensor, state: BatchState) -> StageMap:
         """The stage at ``x`` as the weight step sees it."""
@@ -99,6 +103,11 @@ class CodedNetwork:
         network: An ``nn.Sequential`` (nested ones are flattened), a list of blocks (each parametrised block is one
             stage), or a module with ``.features`` and ``.classifier`` (``.avgpool`` between them is respected).
         engine: ``"auto"``, ``"closed_form"`` or ``"autograd"``; see `lightning_altmin.engines.stage_engine`.
+        batch_norm: What a BatchNorm in training mode is in the code step: ``"fixed"``, the affine map of encode's batch
+            statistics, or ``"live"``, recomputed and differentiated through as in the weight step. A code's move shifts
+            the statistics that a live one takes away again; a fixed one does not know that, and in convolutional
+            networks teaches the layers below shifts that have no effect. With ``"live"`` the codes of a batch are one
+            problem, no longer independent of each other.
 
     A stage's layer is one Linear, convolution, Embedding or other parametrised block, plus the normalisation
     directly after it; anything else parametrised (PReLU, a late BatchNorm) belongs to the transfer of the next
@@ -110,7 +119,14 @@ class CodedNetwork:
             stage uses, or has uninitialised (lazy) parameters.
     """
 
-    def __init__(self, network: nn.Module | Sequence[nn.Module], engine: str = "auto") -> None:
+    def __init__(
+        self,
+        network: nn.Module | Sequence[nn.Module],
+        engine: str = "auto",
+        batch_norm: BatchNormInCodeStep = "fixed",
+    ) -> None:
+        if batch_norm not in ("fixed", "live"):
+            raise ValueError(f"batch_norm must be 'fixed' or 'live', got {batch_norm!r}")
         self._flattens_after_features = False
         if isinstance(network, nn.Module):
             self.network = network
@@ -121,7 +137,7 @@ class CodedNetwork:
                 raise TypeError("network must be a module or a non-empty list of modules (blocks)")
             self.network = nn.Sequential(*blocks)
             leaves = [(str(index), block) for index, block in enumerate(blocks)]
-        self.stages = _split(leaves, engine)
+        self.stages = _split(leaves, engine, batch_norm)
         self._refuse_unusable()
 
     @property
@@ -258,7 +274,7 @@ def _flatten(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         yield prefix, module
 
 
-def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str) -> list[Stage]:
+def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str, batch_norm: BatchNormInCodeStep) -> list[Stage]:
     """Group leaves into stages; a new stage's transfer begins after each layer and its normalisation."""
     groups: list[tuple[str, list[nn.Module], list[nn.Module]]] = []
     transfer: list[nn.Module] = []
@@ -277,7 +293,7 @@ def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str) -> list[Stage]:
         return []
     groups[-1][2].extend(transfer)  # whatever follows the output layer belongs to the output stage
     last = len(groups) - 1
-    return [Stage(name, t, a, index == last, engine) for index, (name, t, a) in enumerate(groups)]
+    return [Stage(name, t, a, index == last, engine, batch_norm) for index, (name, t, a) in enumerate(groups)]
 
 
 def _is_layer(module: nn.Module) -> bool:

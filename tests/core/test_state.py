@@ -62,20 +62,24 @@ def test_freeing_codes_changes_no_weight(codes: str, weights: str, engine: str) 
 
 
 def test_freed_codes_are_really_freed() -> None:
-    """Catches keep_codes=False that saves nothing: once the stage above a code is done, nobody keeps the code."""
+    """Catches keep_codes=False that saves nothing: when a stage's weights are done, nobody keeps the code above."""
+    alive: list[list[bool]] = []
+
+    class Watched(LocalGradient):
+        def gradients(self, problem: Any) -> Any:
+            alive.append([reference() is not None for reference in kept])
+            return super().gradients(problem)
+
     module = network(5, 7, 6, 6, 4)
-    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(), weights=WEIGHTS["moved"]())
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(), weights=Watched())
     step = core.encode(*batch(module), keep_codes=False)
+    kept = [weakref.ref(code) for code in step.codes_forward]
     core.solve_codes(step)
-    kept = [weakref.ref(code) for code in (*step.codes_forward, *step.moves)]
-    alive = []
-    for problem in core.weight_problems(step):
-        problem.gradients()
-        del problem
-        alive.append([reference() is not None for reference in kept])
-    assert alive[-1] == [False, False, True] * 2
-    assert alive[1] == [True, True, True] * 2  # the first stage's problem was dropped, the second's was still needed
-    assert alive[2] == [False, True, True] * 2
+    # From the output stage down. A stage reads the codes on both its sides; the one above those is gone.
+    assert alive == [[True, True, True], [True, True, True], [True, True, False], [True, False, False]]
+    assert [reference() for reference in kept] == [None, None, None]
+    assert core.fill_gradients(step)
+    assert step.codes_forward == step.moves == step.codes == []
 
 
 def test_kept_codes_are_as_the_code_step_left_them() -> None:
