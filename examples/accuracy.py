@@ -88,7 +88,7 @@ SUITES = {
         },
         mnist,
         epochs=(1, 20),
-        tune_epochs=(1, 3),
+        tune_epochs=(1, 5),
         seeds=5,
     )
     for width in (100, 500)

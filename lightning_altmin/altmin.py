@@ -26,7 +26,7 @@ from lightning_altmin.guard import Buffers, Guard, Policy, buffer_owners, guard_
 from lightning_altmin.losses import CrossEntropy, Loss, local_loss
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
-from lightning_altmin.optim import clear_gradients
+from lightning_altmin.optim import check_optimizer, clear_gradients
 from lightning_altmin.step import Step
 from lightning_altmin.verification import Verification, verify
 from lightning_altmin.weights import LocalGradient, WeightProblem, WeightSolver
@@ -108,12 +108,13 @@ class AltMin(nn.Module):
             NonFiniteError: If the batch is bad and ``nonfinite="raise"``; nothing is changed.
         """
         step = self.encode(x, y, keep_codes)
-        self.solve_codes(step)
-        for inner in range(self.weights.steps):
-            clear_gradients(self.optimizer)
-            self.fill_gradients(step, inner)
-            with self.guard.protect(self.optimizer):
-                self.optimizer.step()
+        with step.undone_on_error():
+            self.solve_codes(step)
+            for inner in range(self.weights.steps):
+                clear_gradients(self.optimizer)
+                self.fill_gradients(step, inner)
+                with self.guard.protect(self.optimizer):
+                    self.optimizer.step()
         clear_gradients(self.optimizer)
         return step
 
@@ -136,6 +137,9 @@ class AltMin(nn.Module):
         encoding = self.coded.encode(x)
         if self._compiled is None:  # which has checked before, for this looks at the labels
             self.local_loss.check(encoding.output, y)
+        given = y
+        if x.device.type != "cpu":  # where labels have been looked at
+            y = self.local_loss.readable(encoding.output, y)
         loss = self.local_loss.mean(encoding.output, y)
         if loss.dim() != 0:
             raise ValueError(f"loss must return a scalar (a mean over the batch), got shape {tuple(loss.shape)}")
@@ -150,6 +154,7 @@ class AltMin(nn.Module):
             _states=encoding.states,
             _keep=keep_codes,
             _measures=measures,
+            _given=given,
         )
 
     @torch.no_grad()
@@ -166,7 +171,8 @@ class AltMin(nn.Module):
         gradients: Gradients = []
         for problem, level in self.code_problems(step):
             step.moves[level] = self.codes.solve(problem)
-            if problem.rate is not None:
+            # Several weight steps go all the way to a code's target, whose own size then matters.
+            if problem.rate is not None and self.weights.steps == 1:
                 signal = problem.rate if signal is None else problem.rate * signal
             step._signals[level] = signal
             del problem  # which holds the code above
@@ -225,6 +231,7 @@ class AltMin(nn.Module):
                     y=step.y,
                     level=level,
                     measures=step._measures,
+                    signal=None if level == top else step._signals[level + 1],
                 ),
                 level,
             )
@@ -259,8 +266,15 @@ class AltMin(nn.Module):
         return output
 
     def make_optimizer(self) -> Optimizer:
-        """A new optimizer over the network's parameters, as the weight solver wants it."""
-        return self.weights.optimizer(self.coded.stages)
+        """A new optimizer over the network's parameters, as the weight solver wants it.
+
+        Raises:
+            TypeError: If the weight solver's factory returns something else.
+            ValueError: If a trainable parameter is missing.
+        """
+        optimizer = self.weights.optimizer(self.coded.stages)
+        check_optimizer(optimizer, self.coded.stages)
+        return optimizer
 
     @property
     def optimizer(self) -> Optimizer:
@@ -295,6 +309,8 @@ class AltMin(nn.Module):
     def _evidence(self, step: Step) -> list[Tensor]:
         # BatchNorm divides by its deviation, so a huge value spoils the running variance and no gradient.
         evidence = [step.loss, *(n.running_var.sum() for n in self._norms if n.running_var is not None)]
-        if isinstance(self.local_loss, CrossEntropy) and step.y.device.type != "cpu" and not step.y.is_floating_point():
-            evidence.append(self.local_loss.labels_fit(step.output, step.y))  # not checked in encode: it would sync
+        if isinstance(self.local_loss, CrossEntropy) and step.y is not step._given:
+            evidence.append(
+                self.local_loss.labels_fit(step.output, step._given)
+            )  # not checked in encode: it would sync
         return evidence

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lightning_altmin.altmin import AltMin
 
 
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
 class CompiledBatch:
     """Encode, code step and gradients in one graph; optimizer, guard and checks of the batch stay outside.
 
@@ -30,6 +33,8 @@ class CompiledBatch:
     """
 
     def __init__(self, core: AltMin, mode: bool | str) -> None:
+        if mode is not True and mode not in _MODES:
+            raise ValueError(f"compile must be False, True or one of {_MODES}, got {mode!r}")
         for stage in core.coded.stages:
             if stage.engine.kind != "closed_form":
                 raise ValueError(
@@ -60,6 +65,12 @@ class CompiledBatch:
         except torch._dynamo.exc.Unsupported as error:
             raise ValueError(
                 f"compile={self._mode!r} cannot trace this model as one graph; use compile=False. The reason: {error}"
+            ) from error
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                f"compile={self._mode!r} makes a graph for each shape of a batch, and torch.compile allows "
+                f"{torch._dynamo.config.recompile_limit}; the batch at hand has shape {tuple(x.shape)}. Use batches of "
+                "one shape (drop_last=True), raise torch._dynamo.config.recompile_limit, or use compile=False"
             ) from error
         return step
 

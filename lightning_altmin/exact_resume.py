@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_altmin.data.trainer_progress import TrainerProgress
 from lightning_altmin.random_state import random_state, set_random_state
+from lightning_altmin.trainer_progress import TrainerProgress
 
 _RANDOM_STATE = "lightning_altmin_random_state"
 
@@ -92,6 +92,7 @@ def _report_skipped_validation(loop: Any) -> None:
     count = loop.increment_progress_to_evaluation_end
 
     def report() -> None:
+        loop.increment_progress_to_evaluation_end = count
         with isolate_rng():
             count()
         rank_zero_warn(

@@ -42,6 +42,10 @@ class LocalLoss(ABC):
     def total_gradient(self, output: Tensor, target: Any) -> Tensor:
         """Gradient of ``total`` with respect to ``output``."""
 
+    def readable(self, output: Tensor, target: Any) -> Any:
+        """The targets, or ones that a kernel can read where reading the given ones would break the device."""
+        return target
+
     def check(self, output: Tensor, target: Any) -> None:
         """Refuse targets this loss cannot take, before anything is changed.
 
@@ -140,6 +144,12 @@ class ModuleLoss(_AutogradLoss):
 
     def total(self, output: Tensor, target: Any) -> Tensor:
         values = self._per_sample(output, target)
+        if values.dim() == 0 or values.shape[0] != output.shape[0]:
+            raise ValueError(
+                f"loss {type(self.module).__name__} with reduction='none' returned shape {tuple(values.shape)}, not a "
+                f"value per sample of {output.shape[0]}: it must read self.reduction when it is called. Or pass it as "
+                "a function, loss=lambda output, target: ..., which is taken as a mean over the batch"
+            )
         return values.reshape(values.shape[0], -1).mean(1).sum() if values.dim() > 1 else values.sum()
 
 
@@ -226,6 +236,12 @@ class CrossEntropy(ModuleLoss):
                 f"y holds labels from {int(labels.min())} to {int(labels.max())} but the network has "
                 f"{output.shape[1]} outputs: labels must lie in 0..{output.shape[1] - 1}"
             )
+
+    def readable(self, output: Tensor, target: Any) -> Any:
+        if target.is_floating_point():
+            return target
+        fits = ((target >= 0) & (target < output.shape[1])) | ~self._valid(target)
+        return target.where(fits, self.module.ignore_index)
 
     def labels_fit(self, output: Tensor, target: Tensor) -> Tensor:
         """Whether every label is a class or ignored; a scalar bool tensor on the target's device."""

@@ -21,7 +21,12 @@ from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group
 from lightning_altmin.step import Step
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
-from lightning_altmin.trainer_checks import refuse_optimizer, refuse_replaced, refuse_unsupported
+from lightning_altmin.trainer_checks import (
+    refuse_optimizer,
+    refuse_replaced,
+    refuse_skipping_in_groups,
+    refuse_unsupported,
+)
 from lightning_altmin.weights import LocalGradient, WeightSolver
 from lightning_altmin.weights.local_gradient import OptimizerFactory
 
@@ -86,7 +91,7 @@ class AltMinModule(SupervisedModule):
             nonfinite=nonfinite,
             compile=compile,
         )
-        if accumulate_batches != int(accumulate_batches) or accumulate_batches < 1:
+        if not isinstance(accumulate_batches, int) or accumulate_batches < 1:
             raise ValueError(f"accumulate_batches must be an integer >= 1, got {accumulate_batches}")
         if accumulate_batches > 1 and self.core.weights.steps > 1:
             raise ValueError(
@@ -127,8 +132,9 @@ class AltMinModule(SupervisedModule):
         """One batch: encode, solve codes, update weights."""
         x, y = self.unpack(batch)
         step = self.core.encode(x, y, self.keep_codes)
-        self.core.solve_codes(step)
-        stepped = self.update_weights(step)
+        with step.undone_on_error():
+            self.core.solve_codes(step)
+            stepped = self.update_weights(step)
         self.log_training_loss(step.loss)
         self._step_schedules(stepped)
         if self.at_log_point:
@@ -202,6 +208,8 @@ class AltMinModule(SupervisedModule):
         """Refuse Trainer features that cannot work, before anything else happens."""
         if stage == "fit":
             refuse_unsupported(self.trainer, self.core.coded)
+            if self.skips_nonfinite and self.accumulate_batches > 1:
+                refuse_skipping_in_groups(self.trainer)
             # Lightning warns that the checkpoint holds the state *after* the step, as every checkpoint should.
             warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
 
@@ -263,5 +271,5 @@ class AltMinModule(SupervisedModule):
             raise ValueError(
                 f"gradient_clip_norm names unknown layers {sorted(unknown)}; the network has {sorted(names)}"
             )
-        if any(bound is not None and not bound > 0 for bound in bounds.values()):
-            raise ValueError(f"gradient_clip_norm must be positive, got {clip}")
+        if any(bound is not None and not (isinstance(bound, int | float) and bound > 0) for bound in bounds.values()):
+            raise ValueError(f"gradient_clip_norm must be a positive number, or numbers by layer name, got {clip}")

@@ -70,6 +70,8 @@ class Stage:
         try:
             return self.engine.encode(x)
         except RuntimeError as error:
+            if "out of memory" in str(error):  # says nothing of the shape, and batch-size finders want to see it
+                raise
             raise ValueError(
                 f"stage {self.name!r} ({_describe(self.modules)}) cannot take an input of shape {tuple(x.shape)} and "
                 f"dtype {x.dtype}: {error}"
@@ -127,7 +129,6 @@ class CodedNetwork:
     ) -> None:
         if batch_norm not in ("fixed", "live"):
             raise ValueError(f"batch_norm must be 'fixed' or 'live', got {batch_norm!r}")
-        self._flattens_after_features = False
         if isinstance(network, nn.Module):
             self.network = network
             leaves = self._leaves(network)
@@ -194,7 +195,7 @@ class CodedNetwork:
                 expected = self.network(x)
         except ValueError as error:
             raise ValueError(f"either x does not fit the network, or {refusal}: {error}") from error
-        if expected.shape != output.shape or not torch.allclose(expected, output, rtol=1e-4, atol=1e-5):
+        if expected.shape != output.shape or not torch.allclose(expected, output, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise ValueError(refusal)
 
     @property

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_altmin.network import Stage
+
 
 class _ChildrenState(MutableMapping[Tensor, Any]):
     """The children's states as one mapping, read from and written to the child that owns the parameter.
@@ -120,6 +122,24 @@ class LayerwiseOptimizer(Optimizer):
         for name, child in self.children.items():
             child.load_state_dict(saved[name])
         self._share_groups()  # children replaced their group dictionaries
+
+
+def check_optimizer(optimizer: object, stages: Iterable[Stage]) -> None:
+    """Refuse what a factory should not have returned.
+
+    Raises:
+        TypeError: If it is no optimizer.
+        ValueError: If a trainable parameter of a stage is not in it.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"weights: the optimizer factory must return a torch optimizer, got {optimizer!r}")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    missing = [s.name for s in stages if any(p.requires_grad and p not in held for p in s.parameters())]
+    if missing:
+        raise ValueError(
+            f"weights: the optimizer holds not all parameters of stages {missing}, which would never be trained. The "
+            "factory must pass on the groups that it is given; set requires_grad=False for what is to stay as it is"
+        )
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

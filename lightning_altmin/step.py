@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class Step:
     """Number of the batch, counted from 0 since training began."""
     _signals: list[Tensor | None] = field(default_factory=list, repr=False)
     _states: list[BatchState] = field(default_factory=list, repr=False)
+    _given: Any = field(default=None, repr=False)
+    """The targets as they came; ``y`` differs from them where labels could not be read."""
     _keep: bool = field(default=True, repr=False)
     _measures: bool = field(default=False, repr=False)
     _buffers: Buffers | None = field(default=None, repr=False)
@@ -46,3 +49,7 @@ class Step:
     def codes(self) -> list[Tensor]:
         """The moved codes, ``codes_forward + moves``."""
         return [forward + move for forward, move in zip(self.codes_forward, self.moves, strict=True)]
+
+    def undone_on_error(self) -> AbstractContextManager[None]:
+        """Put back the buffers that encode moved if a later phase fails."""
+        return nullcontext() if self._buffers is None else self._buffers.restored_on_error()

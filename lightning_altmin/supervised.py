@@ -44,7 +44,7 @@ class SupervisedModule(ExactResume):
         if lr_frequency != int(lr_frequency) or lr_frequency < 1:
             raise ValueError(f"lr_frequency must be an integer >= 1, got {lr_frequency}")
         self._local_loss = local_loss(loss)
-        self._loss_name = repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
+        self._loss_name = _describe_loss(loss)
         collection = metric_collection(metrics, loss)
         self.val_metrics = collection.clone(prefix="val_")
         self.test_metrics = collection.clone(prefix="test_")
@@ -111,6 +111,8 @@ class SupervisedModule(ExactResume):
         """The network's output for a batch of inputs, or of inputs with targets."""
         if isinstance(batch, tuple | list) and len(batch) == 1:  # TensorDataset(x) yields these
             batch = batch[0]
+        if isinstance(batch, Mapping) and sum(key in batch for key in _INPUT_KEYS) == 1:  # targets may be absent
+            batch = next(batch[key] for key in _INPUT_KEYS if key in batch)
         x = batch if isinstance(batch, Tensor) else self.unpack(batch)[0]
         output: Tensor = self(x)
         return output
@@ -248,6 +250,7 @@ class SupervisedModule(ExactResume):
         reshaped = [
             f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(here[name].shape)} here"
             for name in here.keys() & saved.keys()
+            if isinstance(saved[name], Tensor) and isinstance(here[name], Tensor)
             if saved[name].shape != here[name].shape
         ]
         if missing or unexpected or reshaped:
@@ -255,3 +258,12 @@ class SupervisedModule(ExactResume):
                 "the checkpoint belongs to another network: "
                 f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}, shapes {reshaped or 'equal'}"
             )
+
+
+def _describe_loss(loss: object) -> str:
+    """Its type and settings, for a module's ``repr`` leaves out what it has no ``extra_repr`` for."""
+    if not isinstance(loss, nn.Module):
+        return getattr(loss, "__name__", type(loss).__name__)
+    settings = {k: v for k, v in sorted(vars(loss).items()) if k[0] != "_" and k != "training"}
+    scalars = ", ".join(f"{k}={v!r}" for k, v in settings.items() if isinstance(v, int | float | str | bool))
+    return f"{type(loss).__name__}({scalars})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch.optim import LBFGS, Optimizer
 
@@ -60,11 +60,21 @@ def refuse_unsupported(trainer: Trainer, coded: CodedNetwork) -> None:
             f"precision='bf16-mixed' needs closed forms, but stages {by_autograd} are differentiated by autograd, "
             "which would round a code's move away. Use precision='32-true'"
         )
+    if trainer.strategy.root_device.type == "mps":
+        raise MisconfigurationException(
+            "AltMinModule keeps mu and step lengths in double precision, which Apple's MPS devices do not have; use "
+            "Trainer(accelerator='cpu')"
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateFinder | _LRCallback):
             raise MisconfigurationException(
                 "the learning-rate finder steps a schedule that manual optimization never steps, so it would not "
                 "sweep; compare a few rates over short runs instead"
+            )
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                "ModelPruning replaces the parameters that the closed forms fill with gradients, so pruned layers "
+                "would no longer be trained; prune the trained network with torch.nn.utils.prune instead"
             )
         if isinstance(callback, StochasticWeightAveraging):
             raise MisconfigurationException(
@@ -76,6 +86,19 @@ def refuse_unsupported(trainer: Trainer, coded: CodedNetwork) -> None:
                 "ModelCheckpoint(train_time_interval=...) is ignored by Lightning under manual optimization; use "
                 "every_n_train_steps or every_n_epochs"
             )
+
+
+def refuse_skipping_in_groups(trainer: Trainer) -> None:
+    """For a module that skips bad batches and accumulates: on accelerators a verdict covers the whole group.
+
+    Raises:
+        MisconfigurationException: If the device is not the CPU.
+    """
+    if trainer.strategy.root_device.type != "cpu":
+        raise MisconfigurationException(
+            "nonfinite='skip' with accumulate_batches > 1 works on the CPU only: on an accelerator one bad batch would "
+            "discard its whole group. Use nonfinite='raise' or accumulate_batches=1"
+        )
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:

@@ -60,6 +60,7 @@ def verify(core: AltMin, x: Tensor, y: Any, tolerance: float = 1e-10) -> Verific
     before = random_state()
     try:
         mine, oracle = (copy.deepcopy(core).double() for _ in range(2))
+        mine._compiled = oracle._compiled = None
         for stage in oracle.coded.stages:
             stage.engine = stage_engine(stage.modules, "autograd")
         x = x.double() if x.is_floating_point() else x

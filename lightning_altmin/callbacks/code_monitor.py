@@ -95,10 +95,10 @@ class CodeMonitor(LayerWatch):
     def _measure(self, core: AltMin, before: CodedNetwork, step: Step) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         residuals_before, residuals_after = _residuals(core, before, step), _residuals(core, core.coded, step)
-        for index, (forward, code) in enumerate(zip(step.codes_forward, step.codes, strict=True)):
+        for index, (forward, move) in enumerate(zip(step.codes_forward, step.moves, strict=True)):
             layer, above = before.stages[index : index + 2]
             group = f"codes/{layer.name}"
-            values[f"{group}/displacement"] = (code - forward).norm() / forward.norm()
+            values[f"{group}/displacement"] = move.norm() / forward.norm()
             values[f"{group}/residual_before"] = residuals_before[index]
             values[f"{group}/residual_after"] = residuals_after[index]
             dead = dead_share(layer, above, forward, self.dead_slope)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_altmin.data.optional_imports import import_extra
+from lightning_altmin.optional_imports import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -34,6 +34,8 @@ class CodeProblem:
         y: Targets of the batch.
         level: Index of the code, counted from 0 at the bottom.
         measures: Whether the solver may measure in this batch, as its `CodeSolver.measures` said.
+        signal: The share of a plain step of rate 1 that reached this code from above, if the solver's steps vary. The
+            l1 term is scaled by it, to keep its weight against a signal that has become smaller.
         rate: Set by a solver whose step lengths vary from batch to batch: the share of a plain step of rate 1 that it
             took, a scalar. The weight step divides by these shares; see `WeightProblem.signal`.
     """
@@ -48,6 +50,7 @@ class CodeProblem:
     y: Any
     level: int
     measures: bool
+    signal: Tensor | None = None
     rate: Tensor | None = None
 
     @property
@@ -75,7 +78,8 @@ class CodeProblem:
         if anchor is not None:
             gradient = gradient.add_(anchor)
         if self.objective.lambda_c > 0:
-            gradient = gradient.add_(self.objective.code_sparsity_gradient(code))
+            sparsity = self.objective.code_sparsity_gradient(code)
+            gradient = gradient.add_(sparsity if self.signal is None else sparsity * self.signal)
         return gradient
 
     def curvature(self, direction: Tensor, move: Tensor | None = None) -> Tensor:

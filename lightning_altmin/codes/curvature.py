@@ -20,11 +20,15 @@ class CurvatureCodes(CodeSolver):
 
     with ``g`` the gradient of ``J / mu`` and ``H g`` from a secant (`CodeProblem.curvature`), measured over the samples
     of every ``every``-th batch and used from the next batch on. So a rate suits every layer at every time, costs
-    next to nothing, and the codes of a sample do not depend on the batch it came in.
+    next to nothing, and the codes of a sample do not depend on the batch it came in. The first five batches of training
+    all measure.
 
     The shares taken on the way down are divided out again in the weight step (`WeightProblem.signal`): a layer's
     weight gradient keeps the size of backprop's at any depth and does not change when the curvature does, which an
     optimizer with a memory (momentum, Adam) would take for a change of the problem.
+
+    Moves shrink on the way down, by about ``share / kappa`` per layer. Single precision holds them through some 40
+    layers; deeper networks need a larger share.
 
     Args:
         share: Share of the exact step, in (0, 1]. Small shares keep the moved inputs of the weight step close to the
@@ -50,6 +54,8 @@ class CurvatureCodes(CodeSolver):
         self.every = every
 
     def prepare(self, depth: int) -> None:
+        if hasattr(self, "curvature"):
+            raise ValueError("codes: this CurvatureCodes belongs to another model; make one for each")
         # 1 is the anchor's share, the least that the curvature can be.
         self.register_buffer("curvature", torch.ones(depth, dtype=torch.float64))
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.data.trainer_progress import TrainingProgress
+from lightning_altmin.trainer_progress import TrainingProgress
 
 _WORKER_STREAM = -2  # number of the derived generator that seeds the workers
 
@@ -65,7 +65,7 @@ class DatasetLoader(IndexedLoader):
         self._num_workers = num_workers
         self._all_samples = samples
 
-    def fetch(self, order: torch.Tensor | None, start: int) -> Iterator[Batch]:
+    def fetch(self, order: torch.Tensor | None, start: int, seed: int | None) -> Iterator[Batch]:
         """Read batches with a ``DataLoader``; see ``IndexedLoader.fetch``."""
         numbers: list[int] = list(range(self._all_samples)) if order is None else order.tolist()
         slices = [slice(*self.bounds(batch)) for batch in range(start, self.epoch_length)]
@@ -74,7 +74,7 @@ class DatasetLoader(IndexedLoader):
             batch_sampler=[numbers[part] for part in slices],
             num_workers=self._num_workers,
             # without a generator of its own the DataLoader would draw the workers' seed from the global one
-            generator=derived_generator(0, _WORKER_STREAM),
+            generator=derived_generator(0 if seed is None else seed, _WORKER_STREAM),
         )
         for batch in reader:
             yield batch[0], batch[1]

@@ -4,9 +4,9 @@ import torch
 
 from lightning_altmin.data.base import DataSource, IndexedDataModule, Sources
 from lightning_altmin.data.image_preparation import ImagePreparation
-from lightning_altmin.data.optional_imports import import_extra
 from lightning_altmin.data.resumable_loader import BatchPreparation
 from lightning_altmin.data.tensor_loader import TensorSource
+from lightning_altmin.optional_imports import import_extra
 
 _TEST_SHARE = 0.2
 _TEST_SEED = 0

@@ -12,9 +12,9 @@ from lightning_altmin.data.augment import Compose, RandomCrop, RandomHorizontalF
 from lightning_altmin.data.base import DataSource, IndexedDataModule, Sources
 from lightning_altmin.data.dataset_loader import DatasetSource, check_num_workers
 from lightning_altmin.data.image_preparation import ImagePreparation, byte_channel_statistics
-from lightning_altmin.data.optional_imports import import_extra
 from lightning_altmin.data.resumable_loader import BatchPreparation, BatchTransform
 from lightning_altmin.data.tensor_loader import TensorSource
+from lightning_altmin.optional_imports import import_extra
 
 _READ_BATCH = 500  # images read at a time when all of them are wanted
 

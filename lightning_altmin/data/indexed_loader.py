@@ -7,7 +7,7 @@ import torch
 
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.data.trainer_progress import TrainingProgress
+from lightning_altmin.trainer_progress import TrainingProgress
 
 _ORDER_STREAM = -1  # number of the derived generator that shuffles; a batch's own one has the batch's number
 
@@ -62,12 +62,13 @@ class IndexedLoader(ResumableLoader):
         self._prepare = prepare
 
     @abstractmethod
-    def fetch(self, order: torch.Tensor | None, start: int) -> Iterator[Batch]:
+    def fetch(self, order: torch.Tensor | None, start: int, seed: int | None) -> Iterator[Batch]:
         """Read batches.
 
         Args:
             order: numbers of all the samples of the epoch in their order, shape (n,); None for 0, 1, 2, ...
             start: number of the first batch to read.
+            seed: the draw of the epoch; None for an epoch without one.
 
         Yields:
             The batches from number ``start`` on, neither transformed nor prepared.
@@ -95,7 +96,7 @@ class IndexedLoader(ResumableLoader):
 
     def batches_from(self, seed: int | None, start: int) -> Iterator[Batch]:
         """Build the batches of one epoch from number ``start`` on."""
-        for index, (x, y) in enumerate(self.fetch(self._order(seed), start), start):
+        for index, (x, y) in enumerate(self.fetch(self._order(seed), start, seed), start):
             if self._transform is not None and seed is not None:
                 x = self._transform(x, derived_generator(seed, index))
             yield (x if self._prepare is None else self._prepare(x)), y

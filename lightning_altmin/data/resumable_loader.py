@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_altmin.data.seeding import draw_epoch_seed
-from lightning_altmin.data.trainer_progress import TrainingProgress
+from lightning_altmin.trainer_progress import TrainingProgress
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 BatchTransform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]

@@ -7,7 +7,7 @@ import torch
 
 from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform
-from lightning_altmin.data.trainer_progress import TrainingProgress
+from lightning_altmin.trainer_progress import TrainingProgress
 
 
 class TensorLoader(IndexedLoader):
@@ -65,7 +65,7 @@ class TensorLoader(IndexedLoader):
         self._x = x
         self._y = y
 
-    def fetch(self, order: torch.Tensor | None, start: int) -> Iterator[Batch]:
+    def fetch(self, order: torch.Tensor | None, start: int, seed: int | None) -> Iterator[Batch]:
         """Read batches by indexing; see ``IndexedLoader.fetch``."""
         if order is None:
             for batch in range(start, self.epoch_length):

@@ -8,9 +8,9 @@ import torch
 from lightning_altmin.data.augment import Compose, RandomCrop, RandomHorizontalFlip
 from lightning_altmin.data.base import DataSource, IndexedDataModule, Sources
 from lightning_altmin.data.image_preparation import ImagePreparation
-from lightning_altmin.data.optional_imports import import_extra
 from lightning_altmin.data.resumable_loader import BatchPreparation, BatchTransform
 from lightning_altmin.data.tensor_loader import TensorSource
+from lightning_altmin.optional_imports import import_extra
 
 VisionName = Literal["MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100"]
 

@@ -50,12 +50,10 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[Value, Slope]] = {
 class ActivationRule(Rule):
     """``y = s(x)`` elementwise, ``grad * s'(x)``."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self._value, self._slope = _ACTIVATIONS[type(module)]
-
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self._value(self.module, x), None
+        value, _ = _ACTIVATIONS[type(self.module)]
+        return value(self.module, x), None
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
-        return self._slope(self.module, grad, at)
+        _, slope = _ACTIVATIONS[type(self.module)]
+        return slope(self.module, grad, at)

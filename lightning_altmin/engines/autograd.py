@@ -37,9 +37,14 @@ class AutogradMap(StageMap):
                 self._output = self._evaluate(self._x)
         return self._output
 
-    def _differentiate(self, x: Tensor, targets: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def _differentiate(
+        self, x: Tensor, targets: Sequence[Tensor], grad_output: Tensor, used: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of ``targets``; all ``None`` if none is used, where that is not an error."""
         with torch.enable_grad():
             output = self._evaluate(x)
+        if not output.requires_grad and not used:
+            return (None,) * len(targets)
         if not output.requires_grad:
             raise RuntimeError(
                 f"no gradient flows through {[type(m).__name__ for m in self._modules]}; a code solver that needs "
@@ -57,7 +62,7 @@ class AutogradMap(StageMap):
         parameters = list(dict.fromkeys(p for m in self._modules for p in m.parameters() if p.requires_grad))
         if not parameters:
             return []
-        gradients = self._differentiate(self._x, parameters, grad_output)
+        gradients = self._differentiate(self._x, parameters, grad_output, used=False)
         return [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
 
 
@@ -73,6 +78,9 @@ class AutogradEngine(StageEngine):
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
         self._norms = batch_norm_state.batch_norms(self._modules)
+        self._stateful = [
+            m for module in self._modules for m in module.modules() if m._buffers and m not in self._norms
+        ]
         self._inplace = any(getattr(m, "inplace", False) for module in self._modules for m in module.modules())
 
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
@@ -96,7 +104,7 @@ class AutogradEngine(StageEngine):
 
     def _map(self, x: Tensor, state: _State, norms: Callable[[], AbstractContextManager[None]]) -> StageMap:
         def evaluate(inputs: Tensor) -> Tensor:
-            with norms(), _replayed(state.random, inputs.device):
+            with norms(), _replayed(state.random, inputs.device), batch_norm_state.unchanged(self._stateful):
                 return self._run(inputs)
 
         return AutogradMap(evaluate, x, self._modules)

@@ -19,8 +19,8 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         module: The module whose mathematics the rule states. It is read at every call, so weights may change.
     """
 
-    affine: ClassVar[bool] = False
-    """Whether the output is a linear function of the input plus a constant, given the batch's state."""
+    changes: ClassVar[bool] = False
+    """Whether `change` finds the change of the output from that of the input, with all its digits."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -34,8 +34,8 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         raise TypeError(f"{type(self).__name__} must define forward")
 
     def change(self, difference: Tensor, state: Any) -> Tensor:
-        """Change of the output for a change of the input; to be defined where `affine` is set."""
-        raise TypeError(f"{type(self).__name__} must define change, or leave affine at False")
+        """Change of the output for a change of encode's input; to be defined where `changes` is set."""
+        raise TypeError(f"{type(self).__name__} must define change, or leave changes at False")
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         """Vector-Jacobian product with respect to the input."""
@@ -105,14 +105,14 @@ class ClosedFormMap(StageMap):
         return self._points[-1].y
 
     def change(self, base: Tensor, base_output: Tensor) -> Tensor:
-        affine = len(self._points)  # from here on, every rule is
-        while affine > 0 and self._points[affine - 1].rule.affine:
-            affine -= 1
-        if affine == len(self._points):
+        start = len(self._points)  # from here on, every rule can say how its output changes
+        while start > 0 and self._points[start - 1].rule.changes:
+            start -= 1
+        if start == len(self._points):
             return self.output() - base_output
-        below = _chain([p.rule for p in self._points[:affine]], base, [p.state for p in self._points[:affine]])
-        difference = self._points[affine].x - (below[-1].y if below else base)
-        for point in self._points[affine:]:
+        below = _chain([p.rule for p in self._points[:start]], base, [p.state for p in self._points[:start]])
+        difference = self._points[start].x - (below[-1].y if below else base)
+        for point in self._points[start:]:
             difference = point.rule.change(difference, point.state)
         return difference
 

@@ -17,11 +17,18 @@ from lightning_altmin.engines.closed_form import Point, Rule, closed_form
 
 
 class _Statistics(NamedTuple):
-    """Mean and ``1 / sqrt(var + eps)`` per channel, as encode found them; ``from_batch`` says where they come from."""
+    """Mean and ``1 / sqrt(var + eps)`` per channel, as encode found them.
+
+    ``input`` is what encode saw, where the statistics are the batch's own; ``None`` where they are the running ones.
+    """
 
     mean: Tensor
     inverse_deviation: Tensor
-    from_batch: bool
+    input: Tensor | None
+
+    @property
+    def from_batch(self) -> bool:
+        return self.input is not None
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -32,13 +39,13 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 class FixedBatchNormRule(Rule):
     """``y = (x - mean) / deviation * weight + bias`` with the statistics that encode found for this batch."""
 
-    affine = True
+    changes = True
 
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         norm = self.module
         from_batch = uses_batch_statistics(norm)
         if not from_batch:
-            return norm(x), _Statistics(norm.running_mean, (norm.running_var + norm.eps).rsqrt(), False)
+            return norm(x), _Statistics(norm.running_mean, (norm.running_var + norm.eps).rsqrt(), None)
         norm._check_input_dim(x)
         _refuse_single_value(x)
         tracked = norm.training and norm.track_running_stats
@@ -52,7 +59,7 @@ class FixedBatchNormRule(Rule):
         y, mean, inverse_deviation = torch.native_batch_norm(
             x, norm.weight, norm.bias, running_mean, running_var, True, momentum, norm.eps
         )
-        return y, _Statistics(mean, inverse_deviation, True)
+        return y, _Statistics(mean, inverse_deviation, x)
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         scale, shift = self._affine(state)
@@ -80,12 +87,34 @@ class FixedBatchNormRule(Rule):
 class LiveBatchNormRule(Rule):
     """BatchNorm with the statistics of the input at hand; running statistics are not touched."""
 
+    changes = True
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         norm = self.module
         if not state.from_batch:
             return FixedBatchNormRule(norm).forward(x, state)[0], (state.mean, state.inverse_deviation)
         y, mean, inverse_deviation = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
         return y, (mean, inverse_deviation)
+
+    def change(self, difference: Tensor, state: Any) -> Tensor:
+        """Of ``(x - m) r``, with ``r`` the inverse deviation, for ``x -> x + d``.
+
+        With ``e = d - mean(d)`` it is ``e r' + (x - m)(r' - r)``, and ``r' - r`` follows from the change of the
+        variance, ``mean(e (2 (x - m) + e))``.
+        """
+        if not state.from_batch:
+            return FixedBatchNormRule(self.module).change(difference, state)
+        norm = self.module
+        others = [dim for dim in range(difference.dim()) if dim != 1]
+        e = difference - difference.mean(others, keepdim=True)
+        centred = state.input - _per_channel(state.mean, difference)
+        variance_change = (e * (2 * centred + e)).mean(others)
+        before = state.inverse_deviation
+        variance = before.pow(-2)  # with eps
+        after = (variance + variance_change).rsqrt()
+        growth = -variance_change * before * after / (before.reciprocal() + after.reciprocal())
+        change = e * _per_channel(after, e) + centred * _per_channel(growth, e)
+        return change if norm.weight is None else change * _per_channel(norm.weight, e)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         gradient: Tensor = self._backward(grad, at, (True, False, False))[0]

@@ -37,8 +37,8 @@ class WeightProblem:
         loss: The network's loss.
         y: Targets of the batch.
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
-            gradient is divided by it. A positive factor leaves the minimum of a local problem where it is; this one
-            keeps the gradient's size from following the code solver's step lengths.
+            coupling's gradient is divided by it. A positive factor leaves the coupling's minimum where it is; this one
+            keeps the gradient's size from following the code solver's step lengths. `None` with several weight steps.
     """
 
     objective: AltMinObjective

@@ -157,3 +157,23 @@ def test_a_loss_without_closed_form_is_refused() -> None:
     core = AltMin(module, nn.HuberLoss(), compile=True)
     with pytest.raises(ValueError, match="cannot trace this model as one graph; use compile=False"):
         core.step(batch(module)[0], torch.randn(12, 4, dtype=torch.float64))
+
+
+def test_the_check_of_a_compiled_model_is_eager() -> None:
+    """Catches a verification that compiles its copies, which then cannot replay the random state."""
+    module = mlp()
+    core = AltMin(module, nn.CrossEntropyLoss(), compile=True)
+    assert core.verify(*batch(module)).largest < 1e-10
+    assert core._compiled is not None
+
+
+def test_unknown_modes_and_too_many_shapes_are_named() -> None:
+    """Catches an error of the compiler, pages long, at the first batch or in the middle of a run."""
+    with pytest.raises(ValueError, match="compile must be False, True or one of .*got 'fast'"):
+        AltMin(mlp(), nn.CrossEntropyLoss(), compile="fast")
+    module = mlp()
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(), compile=True)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        core.step(*batch(module))
+        with pytest.raises(RuntimeError, match="drop_last=True"):
+            core.step(*batch(module, 7))

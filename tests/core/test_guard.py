@@ -16,6 +16,7 @@ from torch.optim import ASGD, SGD, Adam, AdamW, NAdam, RMSprop, Rprop
 from lightning_altmin import AltMin, LocalGradient, altmin
 from lightning_altmin.engines import Gradients
 from lightning_altmin.guard import Buffers, DeferredGuard, Guard, ImmediateGuard, NonFiniteError, guard_for, is_bad
+from lightning_altmin.losses import local_loss
 from tests.core.comparisons import assert_bit_equal
 
 OPTIMIZERS: dict[str, Any] = {
@@ -163,9 +164,11 @@ def test_a_bad_batch_counts_once(steps: int, guard_type: type[Guard]) -> None:
 def test_labels_out_of_range_that_nobody_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches labels on an accelerator, which are not looked at in encode: they must count as a bad batch.
 
-    The closed form of cross-entropy takes label 7 of 3 without an error of its own only where indexing is not checked,
-    so the evidence is given directly.
+    Nor may a kernel read out of bounds by them, so it is given readable ones.
     """
+    loss: Any = local_loss(nn.CrossEntropyLoss(ignore_index=-5))
+    output, labels = torch.randn(5, 3), torch.tensor([0, 2, -5, -1, 3])
+    assert loss.readable(output, labels).tolist() == [0, 2, -5, -5, -5]
     monkeypatch.setattr(altmin, "guard_for", lambda device, policy: DeferredGuard(policy))
     core = make("skip")
     x, y = batches(1)[0]

@@ -123,9 +123,9 @@ def test_clipping_scales_a_gradient_of_known_norm() -> None:
     ("clip", "message"),
     [
         ({"9": 1.0}, r"gradient_clip_norm names unknown layers \['9'\]; the network has \['0', '2', '4'\]"),
-        (0.0, "gradient_clip_norm must be positive, got 0.0"),
-        ({"0": -1.0}, "gradient_clip_norm must be positive"),
-        (float("nan"), "gradient_clip_norm must be positive"),
+        (0.0, "gradient_clip_norm must be a positive number, or numbers by layer name, got 0.0"),
+        ({"0": -1.0}, "gradient_clip_norm must be a positive number"),
+        (float("nan"), "gradient_clip_norm must be a positive number"),
     ],
 )
 def test_unusable_bounds_are_refused(clip: Any, message: str) -> None:

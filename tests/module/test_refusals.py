@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 
 from lightning_altmin import AltMinModule, CodedNetwork, LocalGradient
-from lightning_altmin.trainer_checks import refuse_unsupported
+from lightning_altmin.trainer_checks import refuse_skipping_in_groups, refuse_unsupported
 from tests.module.problems import loader, network, trainer, weights
 
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -20,6 +20,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "accumulate": ({"accumulate_grad_batches": 4}, r"use AltMinModule\(accumulate_batches=4\)"),
     "precision": ({"precision": "16-true"}, "precision='16-true' is not supported"),
     "finder": ({"callbacks": [LearningRateFinder()]}, "learning-rate finder .* compare a few rates"),
+    "pruning": ({"callbacks": [ModelPruning("l1_unstructured")]}, "prune the trained network"),
     "swa": ({"callbacks": [StochasticWeightAveraging(0.1)]}, "use the WeightAveraging callback"),
 }
 
@@ -78,6 +79,15 @@ def test_strategies_are_refused(strategy: str, world_size: int, message: str) ->
     )
     with pytest.raises(MisconfigurationException, match=message):
         refuse_unsupported(fake, CodedNetwork(network()))
+
+
+@pytest.mark.parametrize("check", [lambda f: refuse_unsupported(f, CodedNetwork(network())), refuse_skipping_in_groups])
+def test_devices_are_refused(check: Any) -> None:
+    """Catches a device that lacks double precision, and groups of batches that a single bad one would discard there."""
+    strategy = SimpleNamespace(root_device=torch.device("mps"))
+    fake: Any = SimpleNamespace(strategy=strategy, world_size=1, precision="32-true", callbacks=[])
+    with pytest.raises(MisconfigurationException, match=r"accelerator='cpu'|accumulate_batches=1"):
+        check(fake)
 
 
 def test_what_works_is_not_refused() -> None:
