@@ -104,5 +104,6 @@ class CompiledBatch:
 def _whole_batch(core: AltMin, x: Tensor, y: Any, keep_codes: bool, measures: bool) -> Step:
     step = core.run_encode(x, y, keep_codes, measures)
     core.solve_codes(step)
-    step._solved = core.differentiate(step)
+    if step._solved is None:  # else the code step has done it on its way
+        step._solved = core.differentiate(step)
     return step

@@ -169,7 +169,7 @@ def test_the_check_of_a_compiled_model_is_eager() -> None:
 
 def test_unknown_modes_and_too_many_shapes_are_named() -> None:
     """Catches an error of the compiler, pages long, at the first batch or in the middle of a run."""
-    with pytest.raises(ValueError, match="compile must be False, True or one of .*got 'fast'"):
+    with pytest.raises(ValueError, match=r"compile must be False, True or one of .*got 'fast'"):
         AltMin(mlp(), nn.CrossEntropyLoss(), compile="fast")
     module = mlp()
     core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(), compile=True)

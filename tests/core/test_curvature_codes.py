@@ -229,7 +229,7 @@ def test_several_weight_steps_learn() -> None:
 
 
 def test_sparse_codes_keep_their_weight_at_every_depth() -> None:
-    """Catches an l1 term that grows as the signal beside it shrinks: its effect must be that of plain steps of rate 1."""
+    """Catches an l1 term that grows as the signal beside it shrinks: its effect is that of plain steps of rate 1."""
     module = orthogonal(1.0)
     x, y = torch.randn(2, 5, 6, dtype=torch.float64)
     sizes = []

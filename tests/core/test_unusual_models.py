@@ -46,7 +46,7 @@ def test_a_loss_that_reads_its_reduction_too_early_is_refused() -> None:
 
 
 def test_running_state_of_any_kind_advances_once() -> None:
-    """Catches running statistics that every phase updates: an InstanceNorm keeps some too, and autograd runs it often."""
+    """Catches running statistics that every phase updates: an InstanceNorm keeps some, too."""
     block = nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2, track_running_stats=True), nn.ReLU())
     layers = [
         *block,
