@@ -124,6 +124,8 @@ class AltMin(nn.Module):
         if not self._split_verified:
             self.coded.verify_split(x)
             self._split_verified = True
+        if x.shape[0] == 0:
+            raise ValueError(f"the batch is empty: x has shape {tuple(x.shape)}")
         number, buffers = self.batches_seen, Buffers(self._buffer_owners)
         run = self.run_encode if self._compiled is None else self._compiled
         with buffers.restored_on_error():
@@ -206,10 +208,9 @@ class AltMin(nn.Module):
     def differentiate(self, step: Step, inner: int = 0) -> tuple[Gradients, Tensor]:
         """Each stage's local gradient, and whether the batch is bad (a bool scalar); changes no parameter."""
         gradients: Gradients = []
-        step.residuals = []
         for problem in self.weight_problems(step, inner):
             gradients += self.weights.gradients(problem)
-            if step._keep and problem.residual is not None:
+            if step._keep and inner == 0 and problem.residual is not None:
                 step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
         return gradients, is_bad(gradients, self._evidence(step))
 

@@ -128,6 +128,9 @@ class CallableLoss(_AutogradLoss):
         return self._loss(output, target) * output.shape[0]
 
 
+_ELEMENTWISE = (nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)  # they broadcast, which is hardly ever meant
+
+
 class ModuleLoss(_AutogradLoss):
     """A loss module with a ``reduction``; per-sample values come from a copy with ``reduction="none"``."""
 
@@ -137,6 +140,11 @@ class ModuleLoss(_AutogradLoss):
         per_sample: Any = copy.copy(loss)
         per_sample.reduction = "none"
         self._per_sample = per_sample
+
+    def check(self, output: Tensor, target: Any) -> None:
+        super().check(output, target)
+        if isinstance(self.module, _ELEMENTWISE):
+            _check_same_shape(type(self.module).__name__, output, target)
 
     def mean(self, output: Tensor, target: Any) -> Tensor:
         value: Tensor = self.module(output, target)
@@ -259,9 +267,13 @@ class MeanSquaredError(ModuleLoss):
 
     def check(self, output: Tensor, target: Any) -> None:
         super().check(output, target)
-        if not isinstance(target, Tensor) or target.shape != output.shape:
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise ValueError(
-                f"y has shape {got} but the network's output has {tuple(output.shape)}; MSELoss needs the same shape "
-                "(y.unsqueeze(1) for a single output)"
-            )
+        _check_same_shape("MSELoss", output, target)
+
+
+def _check_same_shape(loss: str, output: Tensor, target: Any) -> None:
+    if not isinstance(target, Tensor) or target.shape != output.shape:
+        got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(
+            f"y has shape {got} but the network's output has {tuple(output.shape)}; {loss} needs the same shape "
+            "(y.unsqueeze(1) for a single output)"
+        )

@@ -23,7 +23,8 @@ class Step:
         loss: The loss at ``output``, a scalar (not yet looked at: no device sync).
         codes_forward: Forward codes, one tensor ``(batch, *code)`` per hidden stage.
         moves: How far the code step moved each code, shaped like the codes.
-        residuals: Per hidden stage ``||f_l(input) - c_l||^2``, batch mean, before the weights moved.
+        residuals: Per hidden stage ``||f_l(input) - c_l||^2``, batch mean, before the weights moved;
+            empty where codes are not kept.
     """
 
     x: Tensor

@@ -93,6 +93,26 @@ def test_dropout_does_not_break_exactness() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["closed_form", "autograd"])
+def test_live_batch_norm_restores_the_theorem(engine: str) -> None:
+    """Catches a live BatchNorm that is not differentiated through its statistics; with a fixed one it does not hold."""
+    module = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Tanh(),
+        nn.Linear(8, 4),
+    ).double()  # fmt: skip
+    x, y = torch.randn(7, 1, 6, 6, dtype=torch.float64), torch.randint(4, (7,))
+    expected = backprop(copy.deepcopy(module), nn.CrossEntropyLoss(), x, y)
+    for batch_norm, holds in (("live", True), ("fixed", False)):
+        coded = CodedNetwork(copy.deepcopy(module), engine, batch_norm)
+        core = AltMin(
+            coded, nn.CrossEntropyLoss(), codes=GradientCodes(1, 1.0), weights=LocalGradient(inputs="forward")
+        )
+        pairs = list(zip(local_gradients(core, x, y), expected, strict=True))
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in pairs) == holds
+    with pytest.raises(ValueError, match="batch_norm must be 'fixed' or 'live', got 'eval'"):
+        CodedNetwork(module, batch_norm="eval")  # type: ignore[arg-type]
+
+
 def test_moved_inputs_are_not_backprop() -> None:
     """Catches the default silently being backprop by another route: with moved inputs the gradients must differ.
 
