@@ -47,7 +47,7 @@ class Setting:
 
 RATES = (0.001, 0.002, 0.004, 0.006, 0.008, 0.012)
 BACKPROP = [Setting(lr) for lr in RATES]
-ALTMIN = [Setting(lr, mu=0.2, share=0.2) for lr in RATES]  # mu and share are the defaults
+ALTMIN = [Setting(lr, mu=0.2, share=0.05) for lr in RATES]  # mu and share are the defaults
 LIVE = "AltMin, live BatchNorm"  # CodedNetwork(..., batch_norm="live")
 
 
@@ -220,11 +220,11 @@ def best(rows: list[Row], suite: str, network: str, method: str, epochs: int) ->
     return Setting(row.lr, row.mu, row.share)
 
 
-def run(phase: str, name: str, root: str, path: Path) -> None:
+def run(phase: str, name: str, root: str, path: Path, wanted: list[str] | None = None) -> None:
     suite = SUITES[name]
     data = suite.data(root, 1 / 6 if phase == "tune" else 0.0)
     for row in planned(name, suite, phase, read(path)):
-        if row.key in {done.key for done in read(path)}:
+        if row.key in {done.key for done in read(path)} or (wanted and row.method not in wanted):
             continue
         row = train(row, suite, data)
         append(path, row)
@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("command", choices=("tune", "final", "table"))
     parser.add_argument("--suite", choices=tuple(SUITES), default="mnist_mlp_100")
     parser.add_argument("--root", default="data", help="folder of MNIST, or of the CIFAR-10 image folders")
+    parser.add_argument("--methods", nargs="+", choices=("backprop", "AltMin", LIVE), help="all if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -278,7 +279,7 @@ def main() -> None:
     if arguments.command == "table":
         print(table(arguments.results))
     else:
-        run(arguments.command, arguments.suite, arguments.root, arguments.results)
+        run(arguments.command, arguments.suite, arguments.root, arguments.results, arguments.methods)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,14 @@ class CurvatureCodes(CodeSolver):
     weight gradient keeps the size of backprop's at any depth and does not change when the curvature does, which an
     optimizer with a memory (momentum, Adam) would take for a change of the problem.
 
-    Moves shrink on the way down, by about ``share / kappa`` per layer. Single precision holds them through some 40
-    layers; deeper networks need a larger share.
+    Moves shrink on the way down, by about ``share / kappa`` per layer. Single precision holds them through some 25
+    hidden layers; deeper networks need a larger share.
 
     Args:
         share: Share of the exact step, in (0, 1]. Small shares keep the moved inputs of the weight step close to the
             forward ones, and with them the update close to backprop's; 1 lets codes move as far as their problem asks.
+            The curvature is that of the gradient's own direction: along others it may be several times as large, so
+            convolutions want small shares.
         steps: Number of steps per code, >= 1.
         every: Batches from one measurement to the next, >= 1; a measurement costs one forward pass of each stage.
 
@@ -42,7 +44,7 @@ class CurvatureCodes(CodeSolver):
 
     curvature: Tensor
 
-    def __init__(self, share: float = 0.2, steps: int = 1, every: int = 10) -> None:
+    def __init__(self, share: float = 0.05, steps: int = 1, every: int = 10) -> None:
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share}")
