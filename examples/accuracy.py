@@ -195,13 +195,15 @@ def train(row: Row, suite: Suite, data: LightningDataModule) -> Row:
     return Row(**(asdict(row) | outcome))
 
 
-def planned(name: str, suite: Suite, phase: str, rows: list[Row]) -> list[Row]:
+def planned(name: str, suite: Suite, phase: str, rows: list[Row], wanted: list[str] | None) -> list[Row]:
     """All runs of a phase, in an order that pairs the methods seed by seed."""
     runs = []
     lengths = suite.tune_epochs if phase == "tune" else suite.epochs
     for network, (index, epochs) in itertools.product(suite.networks, enumerate(lengths)):
         for seed in range(1 if phase == "tune" else suite.seeds):
             for method, settings in methods(network).items():
+                if wanted and method not in wanted:
+                    continue
                 chosen = settings if phase == "tune" else [best(rows, name, network, method, suite.tune_epochs[index])]
                 # Seeds of the final runs are not those of the tuning run.
                 seed_used = 100 if phase == "tune" else seed
@@ -223,8 +225,8 @@ def best(rows: list[Row], suite: str, network: str, method: str, epochs: int) ->
 def run(phase: str, name: str, root: str, path: Path, wanted: list[str] | None = None) -> None:
     suite = SUITES[name]
     data = suite.data(root, 1 / 6 if phase == "tune" else 0.0)
-    for row in planned(name, suite, phase, read(path)):
-        if row.key in {done.key for done in read(path)} or (wanted and row.method not in wanted):
+    for row in planned(name, suite, phase, read(path), wanted):
+        if row.key in {done.key for done in read(path)}:
             continue
         row = train(row, suite, data)
         append(path, row)
