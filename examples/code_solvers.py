@@ -10,6 +10,7 @@ inputs: with one plain step of rate 1 that is backprop's gradient by another rou
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import functools
 import statistics
@@ -65,7 +66,9 @@ def run(solver: tuple[CodeSolver, Any] | None, seed: int, data: VisionDataModule
     if solver is None:
         module = BackpropModule(network, optimizer=optimizer, **schedule)
     else:
-        module = AltMinModule(network, codes=solver[0], weights=LocalGradient(optimizer, inputs=solver[1]), **schedule)
+        module = AltMinModule(
+            network, codes=copy.deepcopy(solver[0]), weights=LocalGradient(optimizer, inputs=solver[1]), **schedule
+        )
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
