@@ -5,7 +5,7 @@
     python examples/accuracy.py table
 
 Both methods get the same network, batches, cosine schedule and optimizer (fused Adam) and the same number of settings.
-`tune` holds out a part of the training set and runs one seed per setting; `final` trains on the whole training set with
+`tune` holds out a part of the training set and runs each setting; `final` trains on the whole training set with
 each method's best setting and reports the test set. Every finished run is a row of docs/results/accuracy.csv, written
 at once; a run whose row exists is not repeated, so an interrupted command goes on where it stopped.
 """
@@ -66,6 +66,7 @@ class Suite:
     epochs: tuple[int, ...]
     tune_epochs: tuple[int, ...]
     seeds: int
+    tune_seeds: int = 1
 
 
 def mnist(root: str, val_split: float, batch_size: int = 200) -> LightningDataModule:
@@ -90,6 +91,7 @@ SUITES = {
         epochs=(1, 20),
         tune_epochs=(1, 5),
         seeds=5,
+        tune_seeds=3 if width == 100 else 1,
     )
     for width in (100, 500)
 } | {
@@ -200,26 +202,26 @@ def planned(name: str, suite: Suite, phase: str, rows: list[Row], wanted: list[s
     runs = []
     lengths = suite.tune_epochs if phase == "tune" else suite.epochs
     for network, (index, epochs) in itertools.product(suite.networks, enumerate(lengths)):
-        for seed in range(1 if phase == "tune" else suite.seeds):
+        for seed in range(suite.tune_seeds if phase == "tune" else suite.seeds):
             for method, settings in methods(network).items():
                 if wanted and method not in wanted:
                     continue
                 chosen = settings if phase == "tune" else [best(rows, name, network, method, suite.tune_epochs[index])]
-                # Seeds of the final runs are not those of the tuning run.
-                seed_used = 100 if phase == "tune" else seed
+                # Seeds of the final runs are not those of the tuning runs.
+                seed_used = 100 + seed if phase == "tune" else seed
                 runs += [Row(name, phase, network, method, epochs, **asdict(s), seed=seed_used) for s in chosen]
     return runs
 
 
 def best(rows: list[Row], suite: str, network: str, method: str, epochs: int) -> Setting:
-    """The setting with the highest validation accuracy."""
+    """The setting with the highest validation accuracy, a mean over the tuning seeds."""
     tuned = [
         r for r in rows if (r.suite, r.phase, r.network, r.method, r.epochs) == (suite, "tune", network, method, epochs)
     ]
     if not tuned:
         raise SystemExit(f"no tuning runs of {method} on {network} ({epochs} epochs): run `tune` first")
-    row = max(tuned, key=lambda r: r.accuracy)
-    return Setting(row.lr, row.mu, row.share)
+    settings = dict.fromkeys(Setting(r.lr, r.mu, r.share) for r in tuned)
+    return max(settings, key=lambda s: statistics.mean(r.accuracy for r in tuned if Setting(r.lr, r.mu, r.share) == s))
 
 
 def run(phase: str, name: str, root: str, path: Path, wanted: list[str] | None = None) -> None:
