@@ -89,7 +89,7 @@ SUITES = {
         },
         mnist,
         epochs=(1, 20),
-        tune_epochs=(1, 5),
+        tune_epochs=(1, 20 if width == 100 else 5),
         seeds=5,
         tune_seeds=3 if width == 100 else 1,
     )
