@@ -47,7 +47,7 @@ class Setting:
 
 RATES = (0.001, 0.002, 0.004, 0.006, 0.008, 0.012)
 BACKPROP = [Setting(lr) for lr in RATES]
-ALTMIN = [Setting(lr, mu=0.2, share=0.05) for lr in RATES]  # mu and share are the defaults
+ALTMIN = [Setting(lr, mu=5.0, share=0.05) for lr in RATES]  # mu and share are the defaults
 LIVE = "AltMin, live BatchNorm"  # CodedNetwork(..., batch_norm="live")
 
 
@@ -89,7 +89,7 @@ SUITES = {
         },
         mnist,
         epochs=(1, 20),
-        tune_epochs=(1, 20 if width == 100 else 5),
+        tune_epochs=(1, 20),
         seeds=5,
         tune_seeds=3 if width == 100 else 1,
     )

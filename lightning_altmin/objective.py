@@ -37,7 +37,7 @@ class AltMinObjective(nn.Module):
 
     mu: Tensor
 
-    def __init__(self, mu: float = 0.2, lambda_c: float = 0.0, lambda_w: float = 0.0) -> None:
+    def __init__(self, mu: float = 5.0, lambda_c: float = 0.0, lambda_w: float = 0.0) -> None:
         super().__init__()
         if not (math.isfinite(mu) and mu > 0):
             raise ValueError(f"mu must be a positive number, got {mu}")
