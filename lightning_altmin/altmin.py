@@ -245,15 +245,16 @@ class AltMin(nn.Module):
         """The problem of one stage, counted from 0 at the bottom."""
         stage = self.coded.stages[level]
         forward = step.x if level == 0 else step.codes_forward[level - 1]
-        moved = level > 0 and self.weights.inputs_of(stage) == "moved"
+        move = step.moves[level - 1] if level > 0 and self.weights.inputs_of(stage) == "moved" else None
         return WeightProblem(
             objective=self.objective,
             stage=stage,
             state=step._states[level],
-            input=forward + step.moves[level - 1] if moved else forward,
+            input=forward if move is None else forward + move,
             forward_output=step.output if stage.is_output else step.codes_forward[level],
             move=None if stage.is_output else step.moves[level],
             forward_input=forward if inner == 0 else None,
+            input_move=move,
             loss=self.local_loss,
             y=step.y,
             signal=None if stage.is_output else step._signals[level],

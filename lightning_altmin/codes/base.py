@@ -73,7 +73,7 @@ class CodeProblem:
         """Gradient of ``J / mu``, summed over samples, at ``forward + move``; without a move it costs no forward."""
         code = self.forward if move is None else self.forward + move
         stage = self.above.fixed(code, self.state)
-        gradient = stage.input_gradient(self._output_gradient(None if move is None else self._change(stage)))
+        gradient = stage.input_gradient(self._output_gradient(None if move is None else self._change(stage, move)))
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
             gradient = gradient.add_(anchor)
@@ -90,8 +90,9 @@ class CodeProblem:
         quadratic loss. The l1 term has no curvature.
         """
         code = self.forward if move is None else self.forward + move
-        change = None if move is None else self._change(self.above.fixed(code, self.state))
-        stepped = self._change(self.above.fixed(code - direction, self.state))
+        change = None if move is None else self._change(self.above.fixed(code, self.state), move)
+        step = -direction if move is None else move - direction
+        stepped = self._change(self.above.fixed(self.forward + step, self.state), step)
         bend = self._output_gradient(change) - self._output_gradient(stepped)
         curvature = ((-stepped if change is None else change - stepped) * bend).flatten(1).sum(1)
         anchor = self.objective.code_anchor_gradient(direction)
@@ -109,9 +110,9 @@ class CodeProblem:
         value = value + self.objective.code_anchor_value(move)
         return value + self.objective.code_sparsity_value(code)
 
-    def _change(self, stage: StageMap) -> Tensor:
+    def _change(self, stage: StageMap, move: Tensor) -> Tensor:
         """How far the output above is from ``forward_output``."""
-        return stage.change(self.forward, self.forward_output)
+        return stage.change(self.forward, self.forward_output, move)
 
     def _output_gradient(self, change: Tensor | None) -> Tensor:
         """With respect to the output above, ``forward_output + change``."""

@@ -54,6 +54,13 @@ class ActivationRule(Rule):
         value, _ = _ACTIVATIONS[type(self.module)]
         return value(self.module, x), None
 
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        if type(self.module) is nn.ReLU:
+            return torch.where(base.x > 0, torch.maximum(difference, -base.x), here.y)
+        # Where the two meet, both are exact to rounding: the slope's error is of second order.
+        small = difference.abs() < torch.finfo(difference.dtype).eps ** 0.5
+        return torch.where(small, self.input_gradient(difference, base), here.y - base.y)
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         _, slope = _ACTIVATIONS[type(self.module)]
         return slope(self.module, grad, at)

@@ -25,15 +25,11 @@ class StageMap(ABC):
     def output(self) -> Tensor:
         """Output of the stage, shape ``(batch, *features_out)``."""
 
-    def change(self, base: Tensor, base_output: Tensor) -> Tensor:
-        """``output() - base_output``, given that the stage at ``base`` has the output ``base_output``.
+    def change(self, base: Tensor, base_output: Tensor, move: Tensor) -> Tensor:
+        """``output() - base_output``, for a stage at ``base + move`` whose output at ``base`` is ``base_output``.
 
-        Args:
-            base: Another input of the stage, close to this one.
-            base_output: What the stage makes of it.
-
-        An engine that knows which of its layers are affine passes them the difference of their inputs, which keeps its
-        digits where two outputs that are nearly equal would lose them.
+        An engine that knows its layers passes the move through them, which keeps its digits where two outputs that are
+        nearly equal would lose them.
         """
         return self.output() - base_output
 

@@ -19,9 +19,6 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         module: The module whose mathematics the rule states. It is read at every call, so weights may change.
     """
 
-    changes: ClassVar[bool] = False
-    """Whether `change` finds the change of the output from that of the input, with all its digits."""
-
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
@@ -33,9 +30,12 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """Output given the batch's state, and whatever the derivatives want to keep of the computation."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
-    def change(self, difference: Tensor, state: Any) -> Tensor:
-        """Change of the output for a change of encode's input; to be defined where `changes` is set."""
-        raise TypeError(f"{type(self).__name__} must define change, or leave changes at False")
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        """Output here minus output at ``base``, given that the inputs differ by ``difference``.
+
+        To be overridden where it can be had from ``difference`` itself, however small that is beside the inputs.
+        """
+        return here.y - base.y
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         """Vector-Jacobian product with respect to the input."""
@@ -104,17 +104,11 @@ class ClosedFormMap(StageMap):
     def output(self) -> Tensor:
         return self._points[-1].y
 
-    def change(self, base: Tensor, base_output: Tensor) -> Tensor:
-        start = len(self._points)  # from here on, every rule can say how its output changes
-        while start > 0 and self._points[start - 1].rule.changes:
-            start -= 1
-        if start == len(self._points):
-            return self.output() - base_output
-        below = _chain([p.rule for p in self._points[:start]], base, [p.state for p in self._points[:start]])
-        difference = self._points[start].x - (below[-1].y if below else base)
-        for point in self._points[start:]:
-            difference = point.rule.change(difference, point.state)
-        return difference
+    def change(self, base: Tensor, base_output: Tensor, move: Tensor) -> Tensor:
+        below = _chain([p.rule for p in self._points], base, [p.state for p in self._points])
+        for there, here in zip(below, self._points, strict=True):
+            move = here.rule.change(move, there, here)
+        return move
 
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         for point in reversed(self._points):

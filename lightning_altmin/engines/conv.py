@@ -20,12 +20,10 @@ def _is_plain(conv: _ConvNd) -> bool:
 class ConvRule(Rule):
     """Cross-correlation with zero padding; stride, dilation and groups as the module says."""
 
-    changes = True
-
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self._apply(x, self.module.bias), None
 
-    def change(self, difference: Tensor, state: Any) -> Tensor:
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         return self._apply(difference, None)
 
     def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:

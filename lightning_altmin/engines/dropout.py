@@ -25,5 +25,8 @@ class DropoutRule(Rule):
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return (x if state is None else x * state), None
 
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        return difference if here.state is None else difference * here.state
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         return grad if at.state is None else grad * at.state

@@ -18,12 +18,10 @@ class LinearRule(Rule):
     Products may run in 16 bits under autocast; what they return is stored as what they were given.
     """
 
-    changes = True
-
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return functional.linear(x, self.module.weight, self.module.bias).to(x.dtype), None
 
-    def change(self, difference: Tensor, state: Any) -> Tensor:
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         return functional.linear(difference, self.module.weight).to(difference.dtype)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:

@@ -39,8 +39,6 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 class FixedBatchNormRule(Rule):
     """``y = (x - mean) / deviation * weight + bias`` with the statistics that encode found for this batch."""
 
-    changes = True
-
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         norm = self.module
         from_batch = uses_batch_statistics(norm)
@@ -65,8 +63,8 @@ class FixedBatchNormRule(Rule):
         scale, shift = self._affine(state)
         return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x)), None
 
-    def change(self, difference: Tensor, state: Any) -> Tensor:
-        return difference * _per_channel(self._affine(state)[0], difference)
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        return difference * _per_channel(self._affine(here.state)[0], difference)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         return grad * _per_channel(self._affine(at.state)[0], grad)
@@ -87,8 +85,6 @@ class FixedBatchNormRule(Rule):
 class LiveBatchNormRule(Rule):
     """BatchNorm with the statistics of the input at hand; running statistics are not touched."""
 
-    changes = True
-
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         norm = self.module
         if not state.from_batch:
@@ -96,14 +92,15 @@ class LiveBatchNormRule(Rule):
         y, mean, inverse_deviation = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
         return y, (mean, inverse_deviation)
 
-    def change(self, difference: Tensor, state: Any) -> Tensor:
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         """Of ``(x - m) r``, with ``r`` the inverse deviation, for ``x -> x + d``.
 
         With ``e = d - mean(d)`` it is ``e r' + (x - m)(r' - r)``, and ``r' - r`` follows from the change of the
         variance, ``mean(e (2 (x - m) + e))``.
         """
+        state = here.state
         if not state.from_batch:
-            return FixedBatchNormRule(self.module).change(difference, state)
+            return FixedBatchNormRule(self.module).change(difference, base, here)
         norm = self.module
         others = [dim for dim in range(difference.dim()) if dim != 1]
         e = difference - difference.mean(others, keepdim=True)

@@ -22,6 +22,10 @@ class MaxPool2dRule(Rule):
             x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
         )
 
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        moved = difference.flatten(-2).gather(-1, base.saved.flatten(-2)).view_as(base.y)
+        return _unless_another_won(moved, base, here)
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         pool = self.module
         windows = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), _pair(pool.dilation))
@@ -42,6 +46,12 @@ class TiledMaxPool2dRule(Rule):
         rows = _tile_max(x, width, -1)
         return _tile_max(rows, height, -2), rows
 
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        height, width = _pair(self.module.kernel_size)
+        rows = base.saved
+        moved = _of_maxima(_of_maxima(difference, base.x, rows, width, -1), rows, base.y, height, -2)
+        return _unless_another_won(moved, base, here)
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         height, width = _pair(self.module.kernel_size)
         rows = at.saved
@@ -59,6 +69,19 @@ def _slices(x: Tensor, size: int, dim: int) -> list[Tensor]:
 
 def _tile_max(x: Tensor, size: int, dim: int) -> Tensor:
     return functools.reduce(torch.maximum, _slices(x, size, dim))
+
+
+def _of_maxima(values: Tensor, x: Tensor, maxima: Tensor, size: int, dim: int) -> Tensor:
+    """The value of each tile at the first of its maxima in ``x``; the other way round than `_to_maxima`."""
+    *others, found = _slices(values, size, dim)
+    for value, entry in reversed(list(zip(others, _slices(x, size, dim), strict=False))):
+        found = torch.where(entry == maxima, value, found)
+    return found
+
+
+def _unless_another_won(moved: Tensor, base: Point, here: Point) -> Tensor:
+    """How far a window's maximum moved: as far as the entry that was largest, if it still is."""
+    return torch.where(base.y + moved == here.y, moved, here.y - base.y)
 
 
 def _to_maxima(grad: Tensor, x: Tensor, maxima: Tensor, size: int, dim: int) -> Tensor:
@@ -98,6 +121,9 @@ class AvgPool2dRule(Rule):
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None
 
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        return self.module(difference)
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         pool = self.module
         gradient: Tensor = torch.ops.aten.avg_pool2d_backward(
@@ -120,6 +146,9 @@ class AdaptiveAvgPool2dRule(Rule):
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None
 
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        return self.module(difference)
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         gradient: Tensor = torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), at.x)
         return gradient
@@ -131,6 +160,9 @@ class ReshapeRule(Rule):
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None
+
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        return self.module(difference)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         return grad.reshape(at.x.shape)

@@ -34,6 +34,7 @@ class WeightProblem:
         forward_output: The stage's forward code (or the network's output), as encode found it.
         move: Move of the stage's code, or ``None`` for the output stage.
         forward_input: The input at which encode found ``forward_output``; ``None`` once the weights have changed.
+        input_move: How far ``input`` is from it, if it is a moved code.
         loss: The network's loss.
         y: Targets of the batch.
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
@@ -48,6 +49,7 @@ class WeightProblem:
     forward_output: Tensor
     move: Tensor | None
     forward_input: Tensor | None
+    input_move: Tensor | None
     loss: LocalLoss
     y: Any
     signal: Tensor | None = None
@@ -84,10 +86,10 @@ class WeightProblem:
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
         if self.known:
             self.residual = -self.move
-        elif self.forward_input is None:
+        elif self.forward_input is None or self.input_move is None:
             self.residual = stage.output() - self.forward_output - self.move
         else:
-            self.residual = stage.change(self.forward_input, self.forward_output) - self.move
+            self.residual = stage.change(self.forward_input, self.forward_output, self.input_move) - self.move
         gradient = self.objective.weight_coupling_gradient(self.residual)
         return gradient if self.signal is None else gradient / self.signal
 

@@ -144,13 +144,12 @@ NORMALISED = functools.partial(MLP, 20, [50] * 8, 5, batch_norm=True)
 
 
 @pytest.mark.parametrize(
-    ("make", "tolerance"), [(DEEP, 0.1), (LeNet5, 0.01), (NORMALISED, 0.3)], ids=["deep", "lenet", "batch-norm"]
+    ("make", "tolerance"), [(DEEP, 1e-3), (LeNet5, 1e-3), (NORMALISED, 1e-2)], ids=["deep", "lenet", "batch-norm"]
 )
 def test_small_moves_are_not_rounded_away(make: Any, tolerance: float) -> None:
     """Catches residuals taken as differences of stored codes: single precision must give what double precision gives.
 
-    After eleven hidden layers the lowest move is about 1e-10 of the code, nothing but noise. What is lost is
-    how an input's own move changes the residual where that move is below the code's last bit: a small part of it.
+    After eleven hidden layers the lowest move is far below the last bit of the code.
     """
     torch.manual_seed(0)
     double = make().double()
@@ -223,7 +222,7 @@ def test_several_weight_steps_learn() -> None:
     y = x[:, :5].argmax(1)
     for steps in (2, 4):
         weights = LocalGradient(lambda p: torch.optim.SGD(p, lr=0.2), steps=steps)
-        core = AltMin(copy.deepcopy(module), nn.CrossEntropyLoss(), codes=CurvatureCodes(share=1.0), weights=weights)
+        core = AltMin(copy.deepcopy(module), nn.CrossEntropyLoss(), AltMinObjective(0.2), CurvatureCodes(1.0), weights)
         losses = [float(core.step(x, y).loss) for _ in range(100)]
         assert losses[-1] < losses[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -54,6 +55,47 @@ def test_each_rule_agrees_with_autograd(case: Case) -> None:
             ]
             grad = torch.randn_like(maps[1].output())
             assert_maps_agree(*maps, grad, parameters=view == "live")
+
+
+@pytest.mark.parametrize("view", ["fixed", "live"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_changes_are_differences_of_outputs(case: Case, view: str) -> None:
+    """Catches a change that leaves a term out (a bias, a mask, a shift of batch statistics), for moves of any size."""
+    module, x = case.module(), case.input()
+    (ours, _), (state, _) = encoded(module, x)
+    base = getattr(ours, view)(x, state).output()
+    for size in (1.0, 1e-3, 1e-9):
+        move = size * torch.randn_like(x)
+        at = getattr(ours, view)(x + move, state)
+        assert largest_difference(at.change(x, base, move), at.output() - base) <= TOLERANCE
+
+
+@pytest.mark.parametrize("view", ["fixed", "live"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_small_changes_keep_their_digits(case: Case, view: str) -> None:
+    """Catches a difference of rounded outputs: a move far below the last bit of its code is passed on in full.
+
+    The oracle is the derivative, by autograd in double precision.
+    """
+    module, x = case.module(), case.input()
+    (_, theirs), (_, state64) = encoded(module, x)
+    move = 1e-12 * torch.randn_like(x)
+    where = x.clone().requires_grad_()
+    outputs = lambda at: getattr(theirs, view)(at, state64)._evaluate(at)  # noqa: E731
+    _, expected = torch.autograd.functional.jvp(outputs, where, move)
+    single = copy.deepcopy(module).float()
+    torch.manual_seed(0)
+    engine = stage_engine([single], "closed_form")
+    random = torch.get_rng_state()
+    _, state = engine.encode(x.float())
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) for m in single.modules()):
+        torch.set_rng_state(random)
+        _, state64 = theirs.encode(x)  # the mask that single precision drew
+        _, expected = torch.autograd.functional.jvp(outputs, where, move)
+    base = getattr(engine, view)(x.float(), state)
+    small = move.float()
+    change = getattr(engine, view)(x.float() + small, state).change(x.float(), base.output(), small)
+    assert float((change.detach().double() - expected).norm()) <= 1e-4 * float(expected.norm())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
