@@ -26,7 +26,7 @@ from lightning_altmin.guard import Buffers, Guard, Policy, buffer_owners, guard_
 from lightning_altmin.losses import CrossEntropy, Loss, local_loss
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
-from lightning_altmin.optim import check_optimizer, clear_gradients
+from lightning_altmin.optim import check_optimizer, clear_gradients, equal_groups_merged
 from lightning_altmin.step import Step
 from lightning_altmin.verification import Verification, verify
 from lightning_altmin.weights import LocalGradient, WeightProblem, WeightSolver
@@ -113,7 +113,7 @@ class AltMin(nn.Module):
             for inner in range(self.weights.steps):
                 clear_gradients(self.optimizer)
                 self.fill_gradients(step, inner)
-                with self.guard.protect(self.optimizer):
+                with self.guard.protect(self.optimizer), equal_groups_merged(self.optimizer):
                     self.optimizer.step()
         clear_gradients(self.optimizer)
         return step

@@ -242,7 +242,8 @@ def is_bad(gradients: Gradients, evidence: Sequence[Tensor]) -> Tensor:
     # NaN and inf survive a sum of squares. A finite gradient whose squares overflow counts as diverged: Adam's second
     # moment would become inf and freeze the parameter for good. A dot product costs a tenth of a norm.
     sums = [_square_sum(g) for _, g in gradients] + [e for e in evidence if e.is_floating_point()]
-    bad = ~torch.isfinite(torch.stack(sums).sum())
+    total = torch.stack(sums).sum()
+    bad = total - total != 0  # what isfinite says, in fewer kernels
     for truth in (e for e in evidence if e.dtype == torch.bool):
         bad = bad | ~truth
     return bad

@@ -189,8 +189,9 @@ class CrossEntropy(ModuleLoss):
         """``w_y (p - onehot)``, over the sum of the ``w_y`` for the mean; by the library's own kernels."""
         weight, ignored = self.module.weight, self.module.ignore_index
         logarithms = torch.log_softmax(output, 1)
-        loss, total = aten.nll_loss_forward(logarithms, target, weight, reduction, ignored)
-        one = torch.ones_like(loss)
+        one = total = output.new_ones(())
+        if reduction == _MEAN:  # over the weights of the labels that are not ignored
+            _, total = aten.nll_loss_forward(logarithms, target, weight, reduction, ignored)
         gradient = aten.nll_loss_backward(one, logarithms, target, weight, reduction, ignored, total)
         result: Tensor = aten._log_softmax_backward_data(gradient, logarithms, 1, output.dtype)
         return result

@@ -18,7 +18,7 @@ from lightning_altmin.guard import Policy
 from lightning_altmin.metrics import Metrics
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
-from lightning_altmin.optim import clip_per_group
+from lightning_altmin.optim import clip_per_group, equal_groups_merged
 from lightning_altmin.step import Step
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer_checks import (
@@ -166,7 +166,7 @@ class AltMinModule(SupervisedModule):
             torch._foreach_div_(gradients, self._admitted)
         if self._clip is not None:
             clip_per_group(optimizer, self._clip)
-        with self.core.guard.protect(optimizer):
+        with self.core.guard.protect(optimizer), equal_groups_merged(optimizer):
             step()
         optimizer.zero_grad()
         self._admitted = 0

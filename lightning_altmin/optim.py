@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -147,6 +148,42 @@ def clear_gradients(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
+
+
+@contextmanager
+def equal_groups_merged(optimizer: Optimizer) -> Iterator[None]:
+    """Step ``optimizer`` inside this context: parameter groups whose settings agree are then one.
+
+    A group per layer is what schedules, monitors and users want to see; a fused kernel wants all layers in one call.
+    Only optimizers that treat every element by itself and keep nothing in a group are merged.
+    """
+    children = list(getattr(optimizer, "children", {"": optimizer}).values())
+    before = [(child, child.param_groups) for child in children if type(child) in _ELEMENTWISE]
+    for child, groups in before:
+        child.param_groups = _merged(groups)
+    try:
+        yield
+    finally:
+        for child, groups in before:
+            child.param_groups = groups
+
+
+_ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad)
+_OWN = ("params", "param_names", "name", "initial_lr")  # of a group, without a say in how it is stepped
+
+
+def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first, *others = groups
+    if not others or not all(_same_settings(first, other) for other in others):
+        return groups
+    return [{**first, "params": [p for group in groups for p in group["params"]]}]
+
+
+def _same_settings(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    # Tensors (a rate that lives on a device) are compared as objects: a look at their values would stall the device.
+    return all(
+        a[key] is b.get(key) or (not isinstance(a[key], Tensor) and a[key] == b.get(key)) for key in a if key not in _OWN
+    )
 
 
 def clip_per_group(optimizer: Optimizer, max_norm: float | Mapping[str, float]) -> None:

@@ -56,7 +56,8 @@ class ActivationRule(Rule):
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         if type(self.module) is nn.ReLU:
-            return torch.where(base.x > 0, torch.maximum(difference, -base.x), here.y)
+            # max(x + d, 0) - max(x, 0); written so that d keeps its digits where x > 0, and at most one term counts
+            return torch.maximum(difference, -base.x).add_(base.x.clamp_max(0))
         # Where the two meet, both are exact to rounding: the slope's error is of second order.
         small = difference.abs() < torch.finfo(difference.dtype).eps ** 0.5
         return torch.where(small, self.input_gradient(difference, base), here.y - base.y)

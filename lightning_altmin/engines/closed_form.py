@@ -45,6 +45,11 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """Vector-Jacobian products with respect to the module's trainable parameters."""
         return []
 
+    @property
+    def trained(self) -> bool:
+        """Whether the module, a leaf, has a parameter to be trained; asked anew, for freezing may come and go."""
+        return any(p is not None and p.requires_grad for p in self.module._parameters.values())
+
     def live(self) -> Rule:
         """The rule to use in the weight step; differs from this one only where batch statistics are recomputed."""
         return self
@@ -116,7 +121,7 @@ class ClosedFormMap(StageMap):
         return grad_output
 
     def parameter_gradients(self, grad_output: Tensor) -> Gradients:
-        trained = [any(p.requires_grad for p in point.rule.module.parameters()) for point in self._points]
+        trained = [point.rule.trained for point in self._points]
         if not any(trained):
             return []
         lowest = trained.index(True)  # nothing below the lowest trained layer needs a gradient

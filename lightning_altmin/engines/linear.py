@@ -29,10 +29,14 @@ class LinearRule(Rule):
 
     def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
         weight, bias = self.module.weight, self.module.bias
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows, inputs = _rows(grad), _rows(at.x)
         gradients: Gradients = []
         if weight.requires_grad:
-            gradients.append((weight, (rows.t() @ at.x.reshape(-1, at.x.shape[-1])).to(weight.dtype)))
+            gradients.append((weight, (rows.t() @ inputs).to(weight.dtype)))
         if bias is not None and bias.requires_grad:
             gradients.append((bias, rows.sum(0)))
         return gradients
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
