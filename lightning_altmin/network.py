@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import BatchState, StageEngine, StageMap, stage_engine
+from lightning_altmin.engines import BatchState, CouplingGradient, StageEngine, StageMap, stage_engine
 
 _NORMALIZATION = (
     nn.modules.batchnorm._NormBase,
@@ -80,6 +80,14 @@ class Stage:
     def fixed(self, x: Tensor, state: BatchState) -> StageMap:
         """The stage at ``x`` as the code step sees it."""
         return self.engine.live(x, state) if self._live_in_code_step else self.engine.fixed(x, state)
+
+    def repeated_coupling(
+        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
+    ) -> CouplingGradient | None:
+        """A cheaper way to this many gradients of the coupling, as the code step sees it; ``None`` if there is none."""
+        if self._live_in_code_step:
+            return None
+        return self.engine.repeated_coupling(base, state, target_move, gradients)
 
     def live(self, x: Tensor, state: BatchState) -> StageMap:
         """The stage at ``x`` as the weight step sees it."""

@@ -53,6 +53,11 @@ class AltMinObjective(nn.Module):
         """The arithmetic of the authors' released code; see `ReferenceObjective`."""
         return ReferenceObjective(mu, lambda_c, lambda_w)
 
+    @property
+    def couples_by_squares(self) -> bool:
+        """Whether the coupling of codes is the squared distance above, and no other that a subclass defines."""
+        return type(self).code_coupling_gradient is AltMinObjective.code_coupling_gradient
+
     # ---- code step: gradients of J / mu, summed over samples ----
 
     def code_loss_gradient(self, loss: LocalLoss, output: Tensor, target: object) -> Tensor:

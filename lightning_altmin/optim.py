@@ -182,7 +182,9 @@ def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _same_settings(a: dict[str, Any], b: dict[str, Any]) -> bool:
     # Tensors (a rate that lives on a device) are compared as objects: a look at their values would stall the device.
     return all(
-        a[key] is b.get(key) or (not isinstance(a[key], Tensor) and a[key] == b.get(key)) for key in a if key not in _OWN
+        a[key] is b.get(key) or (not isinstance(a[key], Tensor) and a[key] == b.get(key))
+        for key in a
+        if key not in _OWN
     )
 
 

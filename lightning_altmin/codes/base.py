@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import BatchState, StageMap
+from lightning_altmin.engines import BatchState, CouplingGradient, StageMap
 from lightning_altmin.losses import LocalLoss
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
@@ -52,6 +52,7 @@ class CodeProblem:
     measures: bool
     signal: Tensor | None = None
     rate: Tensor | None = None
+    _coupling: CouplingGradient | None = field(default=None, repr=False)
 
     @property
     def is_top(self) -> bool:
@@ -69,16 +70,23 @@ class CodeProblem:
             raise ValueError("the top code has no target: the stage above it is judged by the loss")
         return self.forward_output + self.target_move
 
+    def expect(self, gradients: int) -> None:
+        """Say how many gradients will be asked for: from some number on, a linear stage has a cheaper way to them."""
+        if gradients > 1 and self.target_move is not None and self.objective.couples_by_squares:
+            self._coupling = self.above.repeated_coupling(self.forward, self.state, self.target_move, gradients)
+
     def gradient(self, move: Tensor | None = None) -> Tensor:
         """Gradient of ``J / mu``, summed over samples, at ``forward + move``; without a move it costs no forward."""
-        code = self.forward if move is None else self.forward + move
-        stage = self.above.fixed(code, self.state)
-        gradient = stage.input_gradient(self._output_gradient(None if move is None else self._change(stage, move)))
+        if self._coupling is not None:
+            gradient = self._coupling(move)
+        else:
+            stage = self.above.fixed(self._code(move), self.state)
+            gradient = stage.input_gradient(self._output_gradient(None if move is None else self._change(stage, move)))
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
             gradient = gradient.add_(anchor)
         if self.objective.lambda_c > 0:
-            sparsity = self.objective.code_sparsity_gradient(code)
+            sparsity = self.objective.code_sparsity_gradient(self._code(move))
             gradient = gradient.add_(sparsity if self.signal is None else sparsity * self.signal)
         return gradient
 
@@ -89,8 +97,7 @@ class CodeProblem:
         ``<o - o', G(o) - G(o')>`` plus the anchor's share. Costs one forward pass; exact for a linear stage and a
         quadratic loss. The l1 term has no curvature.
         """
-        code = self.forward if move is None else self.forward + move
-        change = None if move is None else self._change(self.above.fixed(code, self.state), move)
+        change = None if move is None else self._change(self.above.fixed(self._code(move), self.state), move)
         step = -direction if move is None else move - direction
         stepped = self._change(self.above.fixed(self.forward + step, self.state), step)
         bend = self._output_gradient(change) - self._output_gradient(stepped)
@@ -109,6 +116,9 @@ class CodeProblem:
             value = self.objective.code_coupling_value(output - self.target)
         value = value + self.objective.code_anchor_value(move)
         return value + self.objective.code_sparsity_value(code)
+
+    def _code(self, move: Tensor | None) -> Tensor:
+        return self.forward if move is None else self.forward + move
 
     def _change(self, stage: StageMap, move: Tensor) -> Tensor:
         """How far the output above is from ``forward_output``."""

@@ -66,6 +66,7 @@ class CurvatureCodes(CodeSolver):
 
     def solve(self, problem: CodeProblem) -> Tensor:
         rate = self.share / self.curvature[problem.level]
+        problem.expect(self.steps)
         gradient = problem.gradient()
         if problem.measures:
             self._measure(problem, gradient)

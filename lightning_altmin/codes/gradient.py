@@ -47,6 +47,7 @@ class GradientCodes(CodeSolver):
 
     def solve(self, problem: CodeProblem) -> Tensor:
         move = velocity = None
+        problem.expect(self.steps)
         for _ in range(self.steps):
             change = gradient = problem.gradient(move)
             if self.momentum > 0:

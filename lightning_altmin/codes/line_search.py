@@ -41,6 +41,7 @@ class LineSearchCodes(CodeSolver):
 
     def solve(self, problem: CodeProblem) -> Tensor:
         move = None
+        problem.expect(self.steps)
         for _ in range(self.steps):
             gradient = problem.gradient(move)
             slope = gradient.flatten(1).square().sum(1)

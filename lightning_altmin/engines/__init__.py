@@ -9,8 +9,9 @@ from torch import nn
 # importing the rules registers them
 from lightning_altmin.engines import activations, conv, dropout, linear, normalization, pooling  # noqa: F401
 from lightning_altmin.engines.autograd import AutogradEngine
-from lightning_altmin.engines.base import BatchState, Gradients, StageEngine, StageMap
-from lightning_altmin.engines.closed_form import ClosedFormEngine, Rule, closed_form, has_closed_form
+from lightning_altmin.engines.base import BatchState, CouplingGradient, Gradients, StageEngine, StageMap
+from lightning_altmin.engines.closed_form import ClosedFormEngine, closed_form, has_closed_form
+from lightning_altmin.engines.rule import Rule
 
 ENGINES = ("auto", "closed_form", "autograd")
 
@@ -19,6 +20,7 @@ __all__ = [
     "AutogradEngine",
     "BatchState",
     "ClosedFormEngine",
+    "CouplingGradient",
     "Gradients",
     "Rule",
     "StageEngine",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+from lightning_altmin.engines.closed_form import closed_form
+from lightning_altmin.engines.rule import Point, Rule
 
 aten = torch.ops.aten
 Value = Callable[[Any, Tensor], Tensor]

@@ -42,6 +42,14 @@ class StageMap(ABC):
         """Vector-Jacobian products with respect to the stage's trainable parameters."""
 
 
+class CouplingGradient(ABC):
+    """Gradient of ``1/2 ||f(c) - f(c_forward) - t||^2`` with respect to a stage's input, asked for many times."""
+
+    @abstractmethod
+    def __call__(self, move: Tensor | None) -> Tensor:
+        """At ``c = c_forward + move``; ``None`` is no move. A new tensor, which the caller may overwrite."""
+
+
 class StageEngine(ABC):
     """Evaluates one stage in the three phases of a batch.
 
@@ -60,6 +68,12 @@ class StageEngine(ABC):
     @abstractmethod
     def fixed(self, x: Tensor, state: BatchState) -> StageMap:
         """The stage at ``x`` with the batch's state held fixed (code step)."""
+
+    def repeated_coupling(
+        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
+    ) -> CouplingGradient | None:
+        """A cheaper way to this many gradients of the coupling around ``base``, the state fixed; ``None`` if none."""
+        return None
 
     @abstractmethod
     def live(self, x: Tensor, state: BatchState) -> StageMap:

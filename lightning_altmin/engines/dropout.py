@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+from lightning_altmin.engines.closed_form import closed_form
+from lightning_altmin.engines.rule import Point, Rule
 
 
 @closed_form(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_altmin.engines.base import Gradients
-from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+from lightning_altmin.engines.closed_form import closed_form
+from lightning_altmin.engines.rule import Point, Rule
 
 
 @closed_form(nn.Linear)

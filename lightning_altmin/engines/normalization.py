@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_altmin.engines.base import Gradients
 from lightning_altmin.engines.batch_norm_state import uses_batch_statistics
-from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+from lightning_altmin.engines.closed_form import closed_form
+from lightning_altmin.engines.rule import Point, Rule
 
 
 class _Statistics(NamedTuple):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
-from lightning_altmin.engines.closed_form import Point, Rule, closed_form
+from lightning_altmin.engines.closed_form import closed_form
+from lightning_altmin.engines.rule import Point, Rule
 
 
 class MaxPool2dRule(Rule):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines import StageEngine, StageMap, closed_form, has_closed_form, stage_engine
-from lightning_altmin.engines.closed_form import _CONDITIONS, _RULES, Point, Rule
+from lightning_altmin.engines.closed_form import _CONDITIONS, _RULES
+from lightning_altmin.engines.rule import Point, Rule
 from tests.engines.catalogue import ACTIVATIONS, CASES, TOLERANCE, Case, largest_difference
 
 
