@@ -82,18 +82,15 @@ def mlp(inputs: int, width: int, batch_norm: bool) -> nn.Module:
 
 
 SUITES = {
-    f"mnist_mlp_{width}": Suite(
-        {
-            f"MLP 2x{width}{' BatchNorm' if norm else ''}": functools.partial(mlp, 784, width, norm)
-            for norm in (False, True)
-        },
+    f"mnist_mlp_{width}{'_batchnorm' if norm else ''}": Suite(
+        {f"MLP 2x{width}{' BatchNorm' if norm else ''}": functools.partial(mlp, 784, width, norm)},
         mnist,
         epochs=(1, 20),
         tune_epochs=(1, 20),
         seeds=5,
-        tune_seeds=3 if width == 100 else 1,
+        tune_seeds=1 if norm and width == 500 else 3,
     )
-    for width in (100, 500)
+    for width, norm in itertools.product((100, 500), (False, True))
 } | {
     "mnist_lenet": Suite({"LeNet": LeNet5}, functools.partial(mnist, batch_size=128), (10,), (2,), seeds=3),
     "cifar10_mlp": Suite(
