@@ -142,7 +142,8 @@ class AltMin(nn.Module):
         given = y
         if x.device.type != "cpu":  # where labels have been looked at
             y = self.local_loss.readable(encoding.output, y)
-        loss = self.local_loss.mean(encoding.output, y)
+        loss_at = self.local_loss.at(encoding.output, y)
+        loss = loss_at.mean()
         if loss.dim() != 0:
             raise ValueError(f"loss must return a scalar (a mean over the batch), got shape {tuple(loss.shape)}")
         return Step(
@@ -153,6 +154,7 @@ class AltMin(nn.Module):
             encoding.codes,
             moves=[code.new_zeros(()).expand_as(code) for code in encoding.codes],  # not moved yet, no memory
             _signals=[None] * self.coded.depth,
+            _loss_at=loss_at,
             _states=encoding.states,
             _keep=keep_codes,
             _measures=measures,
@@ -228,8 +230,7 @@ class AltMin(nn.Module):
                     forward=step.codes_forward[level],
                     forward_output=step.output if level == top else step.codes_forward[level + 1],
                     target_move=None if level == top else step.moves[level + 1],
-                    loss=self.local_loss,
-                    y=step.y,
+                    loss=step._loss_at,
                     level=level,
                     measures=step._measures,
                     signal=None if level == top else step._signals[level + 1],
@@ -255,8 +256,7 @@ class AltMin(nn.Module):
             move=None if stage.is_output else step.moves[level],
             forward_input=forward if inner == 0 else None,
             input_move=move,
-            loss=self.local_loss,
-            y=step.y,
+            loss=step._loss_at,
             signal=None if stage.is_output else step._signals[level],
         )
 

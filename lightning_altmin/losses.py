@@ -42,6 +42,10 @@ class LocalLoss(ABC):
     def total_gradient(self, output: Tensor, target: Any) -> Tensor:
         """Gradient of ``total`` with respect to ``output``."""
 
+    def at(self, output: Tensor, target: Any) -> LossAt:
+        """This loss at one output."""
+        return LossAt(self, output, target)
+
     def readable(self, output: Tensor, target: Any) -> Any:
         """The targets, or ones that a kernel can read where reading the given ones would break the device."""
         return target
@@ -57,6 +61,44 @@ class LocalLoss(ABC):
                 f"y has shape {tuple(target.shape)} for a batch of {output.shape[0]} samples; "
                 "give one target per sample in the first dimension"
             )
+
+
+class LossAt:
+    """A loss at one output of the network. What the phases of a batch ask for is computed once, when first asked for.
+
+    Attributes:
+        loss: The loss.
+        output: The network's output, shape ``(batch, *output)``.
+        target: The batch's targets.
+    """
+
+    def __init__(self, loss: LocalLoss, output: Tensor, target: Any) -> None:
+        self.loss = loss
+        self.output = output
+        self.target = target
+        self._total_gradient: Tensor | None = None
+
+    def elsewhere(self, output: Tensor) -> LossAt:
+        """The same loss, for the same targets, at another output."""
+        return self.loss.at(output, self.target)
+
+    def mean(self) -> Tensor:
+        """The loss as the user gave it, a scalar."""
+        return self.loss.mean(self.output, self.target)
+
+    def mean_gradient(self) -> Tensor:
+        """Gradient of `mean` with respect to the output."""
+        return self.loss.mean_gradient(self.output, self.target)
+
+    def total(self) -> Tensor:
+        """Sum over samples of each sample's loss, a scalar."""
+        return self.loss.total(self.output, self.target)
+
+    def total_gradient(self) -> Tensor:
+        """Gradient of `total` with respect to the output; not to be changed in place."""
+        if self._total_gradient is None:
+            self._total_gradient = self.loss.total_gradient(self.output, self.target)
+        return self._total_gradient
 
 
 def local_loss(loss: Loss) -> LocalLoss:
@@ -171,30 +213,20 @@ class CrossEntropy(ModuleLoss):
     def mean_gradient(self, output: Tensor, target: Any) -> Tensor:
         if not self._has_closed_form(output, target):
             return super().mean_gradient(output, target)
-        if self.module.label_smoothing == 0:
-            return self._hard_gradient(output, target, _MEAN)
         return self._sample_gradients(output, target) / self._class_weights(output, target).sum()
 
     def total_gradient(self, output: Tensor, target: Any) -> Tensor:
         if not self._has_closed_form(output, target):
             return super().total_gradient(output, target)
-        if self.module.label_smoothing == 0:
-            return self._hard_gradient(output, target, _SUM)
         return self._sample_gradients(output, target)
+
+    def at(self, output: Tensor, target: Any) -> LossAt:
+        if self._has_closed_form(output, target) and self.module.label_smoothing == 0:
+            return _HardCrossEntropyAt(self, output, target)
+        return super().at(output, target)
 
     def _has_closed_form(self, output: Tensor, target: Any) -> bool:
         return output.dim() == 2 and not target.is_floating_point()
-
-    def _hard_gradient(self, output: Tensor, target: Tensor, reduction: int) -> Tensor:
-        """``w_y (p - onehot)``, over the sum of the ``w_y`` for the mean; by the library's own kernels."""
-        weight, ignored = self.module.weight, self.module.ignore_index
-        logarithms = torch.log_softmax(output, 1)
-        one = total = output.new_ones(())
-        if reduction == _MEAN:  # over the weights of the labels that are not ignored
-            _, total = aten.nll_loss_forward(logarithms, target, weight, reduction, ignored)
-        gradient = aten.nll_loss_backward(one, logarithms, target, weight, reduction, ignored, total)
-        result: Tensor = aten._log_softmax_backward_data(gradient, logarithms, 1, output.dtype)
-        return result
 
     def _valid(self, target: Tensor) -> Tensor:
         return target != self.module.ignore_index
@@ -255,6 +287,40 @@ class CrossEntropy(ModuleLoss):
     def labels_fit(self, output: Tensor, target: Tensor) -> Tensor:
         """Whether every label is a class or ignored; a scalar bool tensor on the target's device."""
         return (((target >= 0) & (target < output.shape[1])) | ~self._valid(target)).all()
+
+
+class _HardCrossEntropyAt(LossAt):
+    """Cross-entropy of class indices without smoothing, by the library's own kernels and with one softmax for all."""
+
+    def __init__(self, loss: CrossEntropy, output: Tensor, target: Tensor) -> None:
+        super().__init__(loss, output, target)
+        self._weight, self._ignored = loss.module.weight, loss.module.ignore_index
+        self._logarithms = torch.log_softmax(output, 1)
+        self._mean, self._weight_sum = aten.nll_loss_forward(
+            self._logarithms, target, self._weight, _MEAN, self._ignored
+        )
+
+    def mean(self) -> Tensor:
+        mean: Tensor = self._mean
+        return mean
+
+    def mean_gradient(self) -> Tensor:
+        return self.total_gradient() / self._weight_sum
+
+    def total_gradient(self) -> Tensor:
+        """``w_y (p - onehot)`` per sample."""
+        if self._total_gradient is None:
+            gradient = aten.nll_loss_backward(
+                self._weight_sum.new_ones(()),
+                self._logarithms,
+                self.target,
+                self._weight,
+                _SUM,
+                self._ignored,
+                self._weight_sum,
+            )
+            self._total_gradient = aten._log_softmax_backward_data(gradient, self._logarithms, 1, self.output.dtype)
+        return self._total_gradient
 
 
 class MeanSquaredError(ModuleLoss):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.losses import LocalLoss
+from lightning_altmin.losses import LossAt
 
 
 class AltMinObjective(nn.Module):
@@ -60,9 +60,9 @@ class AltMinObjective(nn.Module):
 
     # ---- code step: gradients of J / mu, summed over samples ----
 
-    def code_loss_gradient(self, loss: LocalLoss, output: Tensor, target: object) -> Tensor:
+    def code_loss_gradient(self, loss: LossAt) -> Tensor:
         """Of the loss term, with respect to the network's output."""
-        return loss.total_gradient(output, target) / self.mu
+        return loss.total_gradient() / self.mu
 
     def code_coupling_gradient(self, residual: Tensor) -> Tensor:
         """Of ``mu/2 ||f(c) - target||^2``, with respect to ``f(c)``, given ``f(c) - target``."""
@@ -78,9 +78,9 @@ class AltMinObjective(nn.Module):
 
     # ---- code step: values, for tests, monitors and line searches ----
 
-    def code_loss_value(self, loss: LocalLoss, output: Tensor, target: object) -> Tensor:
+    def code_loss_value(self, loss: LossAt) -> Tensor:
         """Loss term of the top code's problem, summed over samples."""
-        return loss.total(output, target)
+        return loss.total()
 
     def code_coupling_value(self, residual: Tensor) -> Tensor:
         """``mu/2 ||residual||^2``, summed over samples; also the value of the anchor, given the displacement."""
@@ -118,8 +118,8 @@ class ReferenceObjective(AltMinObjective):
     gradient is exactly zero (its target was never detached); the l1 term of the weights skips the output layer.
     """
 
-    def code_loss_gradient(self, loss: LocalLoss, output: Tensor, target: object) -> Tensor:
-        return loss.mean_gradient(output, target) / self.mu
+    def code_loss_gradient(self, loss: LossAt) -> Tensor:
+        return loss.mean_gradient() / self.mu
 
     def code_coupling_gradient(self, residual: Tensor) -> Tensor:
         return residual * (2.0 / residual.numel())
@@ -130,8 +130,8 @@ class ReferenceObjective(AltMinObjective):
     def code_sparsity_gradient(self, code: Tensor) -> Tensor:
         return code.sign() * (self.lambda_c / (self.mu * code.numel()))
 
-    def code_loss_value(self, loss: LocalLoss, output: Tensor, target: object) -> Tensor:
-        return loss.mean(output, target)
+    def code_loss_value(self, loss: LossAt) -> Tensor:
+        return loss.mean()
 
     def code_coupling_value(self, residual: Tensor) -> Tensor:
         return residual.square().mean() * self.mu

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_altmin.engines import BatchState, Gradients
 from lightning_altmin.guard import Buffers
+from lightning_altmin.losses import LossAt
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Step:
     loss: Tensor
     codes_forward: list[Tensor]
     moves: list[Tensor]
+    _loss_at: LossAt = field(repr=False)
     residuals: list[Tensor] = field(default_factory=list)
     number: int = 0
     """Number of the batch, counted from 0 since training began."""

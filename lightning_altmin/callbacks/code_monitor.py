@@ -124,7 +124,7 @@ def _objective(core: AltMin, network: CodedNetwork, step: Step, codes: list[Tens
     objective = core.objective
     inputs = [step.x, *codes]
     outputs = [s.fixed(x, state).output() for s, x, state in zip(network.stages, inputs, step._states, strict=True)]
-    value = objective.code_loss_value(core.local_loss, outputs[-1], step.y)
+    value = objective.code_loss_value(step._loss_at.elsewhere(outputs[-1]))
     for output, code in zip(outputs[:-1], codes, strict=True):
         value = value + objective.code_coupling_value(output - code) + objective.code_sparsity_value(code)
     return value if isinstance(objective, ReferenceObjective) else value / step.x.shape[0]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines import BatchState, CouplingGradient, StageMap
-from lightning_altmin.losses import LocalLoss
+from lightning_altmin.losses import LossAt
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
 
@@ -30,8 +29,7 @@ class CodeProblem:
             ``(batch, *code)``.
         forward_output: ``above`` at ``forward``, known from encode.
         target_move: Move of the code above, or ``None`` for the top code, whose stage above is judged by the loss.
-        loss: The network's loss.
-        y: Targets of the batch.
+        loss: The network's loss at its forward output, with the batch's targets.
         level: Index of the code, counted from 0 at the bottom.
         measures: Whether the solver may measure in this batch, as its `CodeSolver.measures` said.
         signal: The share of a plain step of rate 1 that reached this code from above, if the solver's steps vary. The
@@ -46,8 +44,7 @@ class CodeProblem:
     forward: Tensor
     forward_output: Tensor
     target_move: Tensor | None
-    loss: LocalLoss
-    y: Any
+    loss: LossAt
     level: int
     measures: bool
     signal: Tensor | None = None
@@ -111,7 +108,7 @@ class CodeProblem:
         code = self.forward + move
         output = self.above.fixed(code, self.state).output()
         if self.target_move is None:
-            value = self.objective.code_loss_value(self.loss, output, self.y)
+            value = self.objective.code_loss_value(self.loss.elsewhere(output))
         else:
             value = self.objective.code_coupling_value(output - self.target)
         value = value + self.objective.code_anchor_value(move)
@@ -127,8 +124,8 @@ class CodeProblem:
     def _output_gradient(self, change: Tensor | None) -> Tensor:
         """With respect to the output above, ``forward_output + change``."""
         if self.target_move is None:
-            output = self.forward_output if change is None else self.forward_output + change
-            return self.objective.code_loss_gradient(self.loss, output, self.y)
+            loss = self.loss if change is None else self.loss.elsewhere(self.forward_output + change)
+            return self.objective.code_loss_gradient(loss)
         residual = -self.target_move if change is None else change - self.target_move
         return self.objective.code_coupling_gradient(residual)
 

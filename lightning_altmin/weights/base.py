@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.engines import BatchState, Gradients, StageMap
-from lightning_altmin.losses import LocalLoss
+from lightning_altmin.losses import LossAt
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
 
@@ -35,8 +35,7 @@ class WeightProblem:
         move: Move of the stage's code, or ``None`` for the output stage.
         forward_input: The input at which encode found ``forward_output``; ``None`` once the weights have changed.
         input_move: How far ``input`` is from it, if it is a moved code.
-        loss: The network's loss.
-        y: Targets of the batch.
+        loss: The network's loss at its forward output, with the batch's targets.
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
             coupling's gradient is divided by it. A positive factor leaves the coupling's minimum where it is; this one
             keeps the gradient's size from following the code solver's step lengths. `None` with several weight steps.
@@ -50,8 +49,7 @@ class WeightProblem:
     move: Tensor | None
     forward_input: Tensor | None
     input_move: Tensor | None
-    loss: LocalLoss
-    y: Any
+    loss: LossAt
     signal: Tensor | None = None
     residual: Tensor | None = None
     """``f(input) - target`` of a hidden stage, set by `gradients`."""
@@ -82,7 +80,7 @@ class WeightProblem:
 
     def _output_gradient(self, stage: StageMap) -> Tensor:
         if self.move is None:
-            return self.loss.mean_gradient(self.forward_output if self.known else stage.output(), self.y)
+            return (self.loss if self.known else self.loss.elsewhere(stage.output())).mean_gradient()
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
         if self.known:
             self.residual = -self.move

@@ -190,7 +190,7 @@ def test_gradients_are_those_of_the_values(reference: bool) -> None:
         objective_ = core.objective
         value = objective_.code_anchor_value(code - problem.forward) + objective_.code_sparsity_value(code)
         if problem.is_top:
-            value = value + objective_.code_loss_value(problem.loss, output, y)
+            value = value + objective_.code_loss_value(problem.loss.elsewhere(output))
         else:
             value = value + objective_.code_coupling_value(output - problem.target)
         (expected,) = torch.autograd.grad(value / 0.2, code)

@@ -67,6 +67,11 @@ def assert_is_the_loss(ours: LocalLoss, loss: Any, per_sample: Any, out: Tensor,
     torch.testing.assert_close(ours.mean_gradient(detached, y), gradient(loss(out, y), out), rtol=1e-12, atol=1e-12)
     expected = gradient(per_sample(out, y).sum(), out)
     torch.testing.assert_close(ours.total_gradient(detached, y), expected, rtol=1e-12, atol=1e-12)
+    at = ours.at(detached, y)  # shares work between the same four, asked for in any order
+    torch.testing.assert_close(at.mean_gradient(), gradient(loss(out, y), out), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(at.total_gradient(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(at.mean(), loss(out, y), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(at.total(), per_sample(out, y).sum(), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", CASES)
