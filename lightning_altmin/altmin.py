@@ -182,10 +182,10 @@ class AltMin(nn.Module):
             del problem  # which holds the code above
             if frees:
                 gradients += self.weights.gradients(self.weight_problem(step, level + 1))
-                del step.codes_forward[level + 1 :], step.moves[level + 1 :]
+                del step.codes_forward[level + 1 :], step.moves[level + 1 :], step._states[level + 1 :]
         if frees:
             gradients += self.weights.gradients(self.weight_problem(step, 0))
-            step.codes_forward, step.moves = [], []
+            step.codes_forward, step.moves, step._states = [], [], []
             step._solved = gradients, is_bad(gradients, self._evidence(step))
 
     @torch.no_grad()

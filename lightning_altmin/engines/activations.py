@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_altmin.engines.closed_form import closed_form
-from lightning_altmin.engines.rule import Point, Rule
+from lightning_altmin.engines.rule import Point, Rule, selected
 
 aten = torch.ops.aten
 Value = Callable[[Any, Tensor], Tensor]
@@ -61,7 +61,7 @@ class ActivationRule(Rule):
             return torch.maximum(difference, -base.x).add_(base.x.clamp_max(0))
         # Where the two meet, both are exact to rounding: the slope's error is of second order.
         small = difference.abs() < torch.finfo(difference.dtype).eps ** 0.5
-        return torch.where(small, self.input_gradient(difference, base), here.y - base.y)
+        return selected(small, self.input_gradient(difference, base), here.y - base.y)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         _, slope = _ACTIVATIONS[type(self.module)]

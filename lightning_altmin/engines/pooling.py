@@ -11,93 +11,107 @@ from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
 from lightning_altmin.engines.closed_form import closed_form
-from lightning_altmin.engines.rule import Point, Rule
+from lightning_altmin.engines.rule import Point, Rule, selected
 
 
 class MaxPool2dRule(Rule):
-    """Each window's gradient goes to the position of its maximum."""
+    """Each window's gradient goes to the position of its maximum.
+
+    Encode's maxima serve the later phases, which ask for them, and for their positions, at the same code.
+    """
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        maxima = self.maxima(x)
+        return maxima.y, maxima
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        maxima = state if state is not None and state.x is x else self.maxima(x)
+        return maxima.y, maxima
+
+    def maxima(self, x: Tensor) -> Maxima | TiledMaxima:
+        """The maximum of each window of ``x``."""
         pool = self.module
-        return functional.max_pool2d_with_indices(
+        found = functional.max_pool2d_with_indices(
             x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
         )
+        return Maxima(x, *found)
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
-        moved = difference.flatten(-2).gather(-1, base.saved.flatten(-2)).view_as(base.y)
-        return _unless_another_won(moved, base, here)
+        """How far a window's maximum moved: as far as the entry that was largest, if it still is."""
+        moved = difference.flatten(-2).gather(-1, base.saved.positions.flatten(-2)).view_as(base.y)
+        return selected(base.y + moved == here.y, moved, here.y - base.y)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         pool = self.module
         windows = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), _pair(pool.dilation))
         gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, at.x, *windows, pool.ceil_mode, at.saved
+            grad, at.x, *windows, pool.ceil_mode, at.saved.positions
         )
         return gradient
 
 
-class TiledMaxPool2dRule(Rule):
-    """The same for windows that tile the image: maxima of slices, an order of magnitude faster on a CPU.
+class TiledMaxPool2dRule(MaxPool2dRule):
+    """The same for windows that tile the image: maxima of slices, an order of magnitude faster on a CPU."""
 
-    Maxima are taken along rows, then along columns, the first of equals winning; that is PyTorch's order too.
+    def maxima(self, x: Tensor) -> Maxima | TiledMaxima:
+        height, width = _pair(self.module.kernel_size)
+        # Rows first: their slices are contiguous.
+        y = _tile_max(_tile_max(x, height, -2), width, -1)
+        return TiledMaxima(x, y, height, width)
+
+
+class Maxima:
+    """The maximum of each window.
+
+    Attributes:
+        x: The images, shape ``(batch, channels, height, width)``.
+        y: The maxima.
+        positions: Where each stands in its image, counted along rows; the first of equals.
     """
 
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        height, width = _pair(self.module.kernel_size)
-        rows = _tile_max(x, width, -1)
-        return _tile_max(rows, height, -2), rows
-
-    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
-        height, width = _pair(self.module.kernel_size)
-        rows = base.saved
-        moved = _of_maxima(_of_maxima(difference, base.x, rows, width, -1), rows, base.y, height, -2)
-        return _unless_another_won(moved, base, here)
-
-    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
-        height, width = _pair(self.module.kernel_size)
-        rows = at.saved
-        return _to_maxima(_to_maxima(grad, rows, at.y, height, -2), at.x, rows, width, -1)
+    def __init__(self, x: Tensor, y: Tensor, positions: Tensor) -> None:
+        self.x, self.y, self.positions = x, y, positions
 
 
-def _slices(x: Tensor, size: int, dim: int) -> list[Tensor]:
-    """Entry j of every tile of ``size`` along ``dim``, for each j; what fills no tile is left out."""
-    whole = x.shape[dim] // size * size
-    x = x.narrow(dim, 0, whole)
-    if dim == -1:
-        return [x[..., j::size] for j in range(size)]
-    return [x[..., j::size, :] for j in range(size)]
+class TiledMaxima:
+    """`Maxima` of tiles, whose positions are found when first asked for."""
+
+    def __init__(self, x: Tensor, y: Tensor, height: int, width: int) -> None:
+        self.x, self.y = x, y
+        self._height, self._width = height, width
+        self._positions: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Where each maximum stands in its image, counted along rows; the first of equals."""
+        if self._positions is None:
+            self._positions = self._find()
+        return self._positions
+
+    def _find(self) -> Tensor:
+        rows, columns = self.y.shape[-2:]
+        across = self.x.shape[-1]
+        corners = torch.arange(rows, device=self.x.device).mul_(self._height * across).unsqueeze(1)
+        positions = corners + torch.arange(columns, device=self.x.device).mul_(self._width)
+        entries = [r[..., c :: self._width][..., :columns] for r in self._rows(rows) for c in range(self._width)]
+        steps = [1] * self._width
+        steps[-1] = across - self._width + 1  # from a row of the tile to the next
+        passed: Tensor | None = None
+        for index, entry in enumerate(entries[:-1]):  # go on where no maximum was met; a tile's last entry is one
+            passed = entry < self.y if passed is None else passed & (entry < self.y)
+            # Sums of integers: picking by a mask (torch.where) takes five times as long on a CPU.
+            positions = positions + passed.long().mul_(steps[index % self._width])
+        return positions.expand(self.y.shape)
+
+    def _rows(self, count: int) -> list[Tensor]:
+        return [self.x[..., r :: self._height, :][..., :count, :] for r in range(self._height)]
 
 
 def _tile_max(x: Tensor, size: int, dim: int) -> Tensor:
-    return functools.reduce(torch.maximum, _slices(x, size, dim))
-
-
-def _of_maxima(values: Tensor, x: Tensor, maxima: Tensor, size: int, dim: int) -> Tensor:
-    """The value of each tile at the first of its maxima in ``x``; the other way round than `_to_maxima`."""
-    *others, found = _slices(values, size, dim)
-    for value, entry in reversed(list(zip(others, _slices(x, size, dim), strict=False))):
-        found = torch.where(entry == maxima, value, found)
-    return found
-
-
-def _unless_another_won(moved: Tensor, base: Point, here: Point) -> Tensor:
-    """How far a window's maximum moved: as far as the entry that was largest, if it still is."""
-    return torch.where(base.y + moved == here.y, moved, here.y - base.y)
-
-
-def _to_maxima(grad: Tensor, x: Tensor, maxima: Tensor, size: int, dim: int) -> Tensor:
-    """Each tile's gradient at the first of its maxima, zero elsewhere; shaped like ``x``."""
-    parts, rest, nothing = [], grad, grad.new_zeros(())
-    for value in _slices(x, size, dim)[:-1]:
-        part = torch.where(value == maxima, rest, nothing)
-        parts.append(part)
-        rest = rest - part
-    parts.append(rest)
-    gradient = torch.stack(parts, dim if dim == -2 else x.dim()).flatten(x.dim() + dim, x.dim() + dim + 1)
-    unread = x.shape[dim] % size
-    if not unread:
-        return gradient
-    return functional.pad(gradient, (0, unread) if dim == -1 else (0, 0, 0, unread))
+    """The largest entry of every tile of ``size`` along ``dim``; what fills no tile is left out."""
+    whole = x.narrow(dim, 0, x.shape[dim] // size * size)
+    slices = [whole[..., j::size] if dim == -1 else whole[..., j::size, :] for j in range(size)]
+    return functools.reduce(torch.maximum, slices)
 
 
 def _tiles(pool: nn.MaxPool2d) -> bool:

@@ -107,3 +107,11 @@ def chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> list[Point
         below = Point(rule, state, x if below is None else None, below)
         points.append(below)
     return points
+
+
+def selected(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """``torch.where(mask, chosen, other)`` of finite tensors, several times faster on a CPU.
+
+    Each entry is a product with 1 plus a product with 0, so it is the chosen one to the last digit.
+    """
+    return (chosen * mask).add_(other * ~mask)
