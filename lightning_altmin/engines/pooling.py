@@ -92,7 +92,8 @@ class TiledMaxima:
         rows, columns = self.y.shape[-2:]
         across = self.x.shape[-1]
         corners = torch.arange(rows, device=self.x.device).mul_(self._height * across).unsqueeze(1)
-        positions = corners + torch.arange(columns, device=self.x.device).mul_(self._width)
+        corners = corners + torch.arange(columns, device=self.x.device).mul_(self._width)
+        positions = corners.expand(self.y.shape).clone(memory_format=torch.contiguous_format)
         entries = [r[..., c :: self._width][..., :columns] for r in self._rows(rows) for c in range(self._width)]
         steps = [1] * self._width
         steps[-1] = across - self._width + 1  # from a row of the tile to the next
@@ -100,8 +101,8 @@ class TiledMaxima:
         for index, entry in enumerate(entries[:-1]):  # go on where no maximum was met; a tile's last entry is one
             passed = entry < self.y if passed is None else passed & (entry < self.y)
             # Sums of integers: picking by a mask (torch.where) takes five times as long on a CPU.
-            positions = positions + passed.long().mul_(steps[index % self._width])
-        return positions.expand(self.y.shape)
+            positions.add_(passed, alpha=steps[index % self._width])
+        return positions
 
     def _rows(self, count: int) -> list[Tensor]:
         return [self.x[..., r :: self._height, :][..., :count, :] for r in range(self._height)]
