@@ -17,11 +17,14 @@ class GradientCodes(CodeSolver):
     Nesterov momentum by ``-lr * (g + momentum * v)``.
 
     Args:
-        steps: Number of gradient steps, >= 1.
+        steps: Number of gradient steps, >= 1; with ``tol`` the largest number of them.
         lr: Rate, > 0. A hidden code's problem has curvature ``1 + ||J||^2`` with ``J`` the stage above, so rates
             beyond ``2 / (1 + ||J||^2)`` overshoot; `LineSearchCodes` finds the step by itself.
         momentum: In [0, 1).
         nesterov: Use Nesterov momentum; needs ``momentum > 0``.
+        tol: In (0, 1); a sample's code stays where it is as soon as its gradient's norm is at most ``tol`` times its
+            norm at the forward code. Each sample is judged by itself. On the CPU the step ends with the last sample;
+            on an accelerator, and compiled, where asking would stall, all ``steps`` are computed.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -29,7 +32,14 @@ class GradientCodes(CodeSolver):
 
     lr: Tensor
 
-    def __init__(self, steps: int = 5, lr: float = 0.2, momentum: float = 0.0, nesterov: bool = False) -> None:
+    def __init__(
+        self,
+        steps: int = 5,
+        lr: float = 0.2,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        tol: float | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be an integer >= 1, got {steps}")
@@ -39,24 +49,58 @@ class GradientCodes(CodeSolver):
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         if nesterov and momentum == 0:
             raise ValueError("nesterov=True needs momentum > 0, got momentum=0")
+        if tol is not None and not 0 < tol < 1:
+            raise ValueError(f"tol must lie in (0, 1), or be None for a fixed number of steps, got {tol}")
         self.steps = steps
         self.momentum = momentum
         self.nesterov = nesterov
+        self.tol = tol
         # A buffer, so that a schedule can change the rate in place and a checkpoint keeps it.
         self.register_buffer("lr", torch.tensor(float(lr), dtype=torch.float64))
 
     def solve(self, problem: CodeProblem) -> Tensor:
         move = velocity = None
         problem.expect(self.steps)
+        far = None if self.tol is None else _Far(self.tol)
         for _ in range(self.steps):
             change = gradient = problem.gradient(move)
+            if far is not None and far.are_none(gradient):
+                break
             if self.momentum > 0:
                 velocity = gradient.clone() if velocity is None else velocity.mul_(self.momentum).add_(gradient)
                 change = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity
             change = change * -self.lr
+            if far is not None and move is not None:
+                change = far.alone(change)
             move = change if move is None else move.add_(change)
         assert move is not None  # steps >= 1
         return move
 
     def extra_repr(self) -> str:
-        return f"steps={self.steps}, lr={float(self.lr):g}, momentum={self.momentum:g}, nesterov={self.nesterov}"
+        settings = f"steps={self.steps}, lr={float(self.lr):g}, momentum={self.momentum:g}, nesterov={self.nesterov}"
+        return settings if self.tol is None else f"{settings}, tol={self.tol:g}"
+
+
+class _Far:
+    """Which samples are still far from their code's optimum."""
+
+    def __init__(self, tol: float) -> None:
+        self._share = tol**2
+        self._bound: Tensor | None = None
+        self._far: Tensor | None = None
+
+    def are_none(self, gradient: Tensor) -> bool:
+        """Judge the samples by their gradients; whether all are known to be near enough."""
+        squares = gradient.flatten(1).square().sum(1)
+        if self._bound is None:
+            self._bound, self._far = squares * self._share, torch.ones_like(squares, dtype=torch.bool)
+            return False
+        assert self._far is not None
+        self._far = self._far & (squares > self._bound)
+        # Asking an accelerator would stall it, and a compiled graph cannot ask.
+        return squares.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(self._far.any())
+
+    def alone(self, change: Tensor) -> Tensor:
+        """``change`` of the samples that are far, zero for the others."""
+        assert self._far is not None
+        return change * self._far.view(-1, *[1] * (change.dim() - 1))
