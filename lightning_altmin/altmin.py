@@ -181,12 +181,17 @@ class AltMin(nn.Module):
             step._signals[level] = signal
             del problem  # which holds the code above
             if frees:
-                gradients += self.weights.gradients(self.weight_problem(step, level + 1))
-                del step.codes_forward[level + 1 :], step.moves[level + 1 :], step._states[level + 1 :]
+                gradients += self._passing_gradients(step, level + 1)
         if frees:
-            gradients += self.weights.gradients(self.weight_problem(step, 0))
-            step.codes_forward, step.moves, step._states = [], [], []
+            gradients += self._passing_gradients(step, 0)
             step._solved = gradients, is_bad(gradients, self._evidence(step))
+
+    def _passing_gradients(self, step: Step, level: int) -> Gradients:
+        """One stage's local gradients; the codes above its input are freed on the way."""
+        problem = self.weight_problem(step, level)
+        problem.passing = True
+        del step.codes_forward[level:], step.moves[level:], step._states[level:]
+        return self.weights.gradients(problem)
 
     @torch.no_grad()
     def fill_gradients(self, step: Step, inner: int = 0) -> bool:

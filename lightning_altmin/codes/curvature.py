@@ -70,7 +70,7 @@ class CurvatureCodes(CodeSolver):
         gradient = problem.gradient()
         if problem.measures:
             self._measure(problem, gradient)
-        move = gradient * -rate
+        move = gradient.mul_(-rate)
         for _ in range(self.steps - 1):
             move.sub_(problem.gradient(move) * rate)
         # n steps against the anchor alone: the share of the code's whole way that they cover.

@@ -58,7 +58,8 @@ class ActivationRule(Rule):
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         if type(self.module) is nn.ReLU:
             # max(x + d, 0) - max(x, 0); written so that d keeps its digits where x > 0, and at most one term counts
-            return torch.maximum(difference, -base.x).add_(base.x.clamp_max(0))
+            change = -base.x
+            return torch.maximum(difference, change, out=change).add_(base.x.clamp_max(0))
         # Where the two meet, both are exact to rounding: the slope's error is of second order.
         small = difference.abs() < torch.finfo(difference.dtype).eps ** 0.5
         return selected(small, self.input_gradient(difference, base), here.y - base.y)

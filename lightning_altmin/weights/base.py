@@ -51,6 +51,8 @@ class WeightProblem:
     input_move: Tensor | None
     loss: LossAt
     signal: Tensor | None = None
+    passing: bool = False
+    """Whether `last_gradients` may let go of the tensors above as soon as it is done with them."""
     residual: Tensor | None = None
     """``f(input) - target`` of a hidden stage, set by `gradients`."""
 
@@ -73,7 +75,17 @@ class WeightProblem:
     def gradients(self) -> Gradients:
         """Gradients of this problem alone with respect to the stage's trainable parameters."""
         stage = self.stage.live(self.input, self.state)
-        gradients = stage.parameter_gradients(self._output_gradient(stage))
+        return self._with_sparsity(stage.parameter_gradients(self._output_gradient(stage)))
+
+    def last_gradients(self) -> Gradients:
+        """The same where nothing will be asked of this problem afterwards: its tensors are freed on the way."""
+        stage = self.stage.live(self.input, self.state)
+        output_gradient = self._output_gradient(stage)
+        if self.passing:
+            del self.input, self.forward_output, self.move, self.forward_input, self.input_move, self.residual
+        return self._with_sparsity(stage.parameter_gradients(output_gradient))
+
+    def _with_sparsity(self, gradients: Gradients) -> Gradients:
         if self.objective.lambda_w > 0:
             gradients = [(p, g if (l1 := self._sparsity(p)) is None else g + l1) for p, g in gradients]
         return gradients
@@ -89,7 +101,9 @@ class WeightProblem:
         else:
             self.residual = stage.change(self.forward_input, self.forward_output, self.input_move) - self.move
         gradient = self.objective.weight_coupling_gradient(self.residual)
-        return gradient if self.signal is None else gradient / self.signal
+        if self.signal is None:
+            return gradient
+        return gradient / self.signal if gradient is self.residual else gradient.div_(self.signal)
 
     def _sparsity(self, parameter: nn.Parameter) -> Tensor | None:
         return self.objective.weight_sparsity_gradient(parameter, self.stage.is_output)

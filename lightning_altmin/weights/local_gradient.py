@@ -88,7 +88,8 @@ class LocalGradient(WeightSolver):
         return LayerwiseOptimizer(children)
 
     def gradients(self, problem: WeightProblem) -> Gradients:
-        return problem.gradients()
+        """The problem's gradients; uses it up (a subclass that reads it afterwards calls ``problem.gradients()``)."""
+        return problem.last_gradients()
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, inputs={self.inputs!r}"

@@ -1,0 +1,158 @@
+"""What accuracy a second of computing buys: MNIST test accuracy against training time, AltMin beside backprop.
+
+    python examples/accuracy_per_second.py --root data
+    python examples/accuracy_per_second.py --plot
+
+Both at the rate that `accuracy.py` chose for backprop and for AltMin after one epoch (the same one), constant, five
+seeds, one thread. Time is CPU time of training alone, the evaluations in between are not counted; compiling is done
+before. Rows of docs/results/accuracy_per_second.csv are written as runs end; runs whose rows exist are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_altmin import AltMin, CurvatureCodes, LocalGradient
+from lightning_altmin.data import VisionDataModule
+from lightning_altmin.nn import MLP
+
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "results" / "accuracy_per_second.csv"
+FIELDS = ["network", "method", "seed", "batches", "seconds", "accuracy"]
+NETWORKS = {"2x100": (100, 0.008), "2x500": (500, 0.004)}
+EVERY, BATCHES = 30, 600
+Step = Callable[[Tensor, Tensor], Any]
+
+
+def backprop(network: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer]) -> Step:
+    stepped, loss = optimizer(network.parameters()), nn.CrossEntropyLoss()
+
+    def step(x: Tensor, y: Tensor) -> None:
+        stepped.zero_grad()
+        loss(network(x), y).backward()
+        stepped.step()
+
+    return step
+
+
+def altmin(network: nn.Module, optimizer: Callable[[Any], Any], steps: int = 1, compile: bool = False) -> Step:
+    weights, codes = LocalGradient(optimizer), CurvatureCodes(steps=steps)
+    core = AltMin(network, nn.CrossEntropyLoss(), codes=codes, weights=weights, compile=compile)
+    return functools.partial(core.step, keep_codes=False)
+
+
+METHODS: dict[str, Callable[[nn.Module, Callable[[Any], Any]], Step]] = {
+    "backprop": backprop,
+    "AltMin": altmin,
+    "AltMin, compiled": functools.partial(altmin, compile=True),
+    "AltMin, 5 code steps": functools.partial(altmin, steps=5),
+}
+
+
+def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[dict[str, Any]]:
+    """Accuracy after every `EVERY` batches of one run."""
+    width, lr = NETWORKS[name]
+    torch.manual_seed(seed)
+    network = MLP(784, [width, width], 10)
+    step = METHODS[method](network, functools.partial(torch.optim.Adam, lr=lr, fused=True))
+    if "compiled" in method:  # both graphs, with and without measuring; then as if nothing had been
+        start = {k: v.clone() for k, v in network.state_dict().items()}
+        x, y = next(iter(data.train_dataloader()))
+        for _ in range(7):
+            step(x, y)
+        network.load_state_dict(start)
+        torch.manual_seed(seed)
+        core: Any = step.func.__self__  # type: ignore[attr-defined]
+        core.optimizer.state.clear()
+        core.codes.curvature.fill_(1.0)
+        core.batches_seen = 0
+    rows, seconds, done = [], 0.0, 0
+    while done < BATCHES:
+        for x, y in data.train_dataloader():
+            begun = time.process_time()
+            step(x, y)
+            seconds += time.process_time() - begun
+            done += 1
+            if done % EVERY == 0:
+                values = name, method, seed, done, round(seconds, 4), accuracy(network, data)
+                rows.append(dict(zip(FIELDS, values, strict=True)))
+            if done == BATCHES:
+                break
+    return rows
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: VisionDataModule) -> float:
+    right = total = 0
+    for x, y in data.test_dataloader():
+        right += int((network(x).argmax(1) == y).sum())
+        total += len(y)
+    return right / total
+
+
+def plot(rows: list[dict[str, str]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(10, 4), sharey=True)
+    for axis, name in zip(axes, NETWORKS, strict=True):
+        for method in METHODS:
+            points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for row in rows:
+                if (row["network"], row["method"]) == (name, method):
+                    points[row["batches"]].append((float(row["seconds"]), 100 * float(row["accuracy"])))
+            seconds = [statistics.mean(s for s, _ in seeds) for seeds in points.values()]
+            means = [statistics.mean(a for _, a in seeds) for seeds in points.values()]
+            spread = [statistics.stdev(a for _, a in seeds) for seeds in points.values()]
+            axis.plot(seconds, means, label=method)
+            low, high = zip(*[(m - s, m + s) for m, s in zip(means, spread, strict=True)], strict=True)
+            axis.fill_between(seconds, low, high, alpha=0.2)
+        axis.set(title=f"784-{name}-10", xlabel="CPU seconds of training, one thread", ylim=(90, 98.5))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("MNIST test accuracy, %")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(DOCS / "accuracy_per_second.svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--plot", action="store_true", help="only draw docs/accuracy_per_second.svg")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    path: Path = arguments.results
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    if arguments.plot:
+        plot(rows)
+        return
+    known = {(row["network"], row["method"], row["seed"]) for row in rows}
+    data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=0.0)
+    data.setup("fit")
+    data.setup("test")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if not rows:
+            writer.writeheader()
+        for seed in range(arguments.seeds):
+            for name in NETWORKS:
+                for method in METHODS:
+                    if (name, method, str(seed)) not in known:
+                        writer.writerows(run(name, method, seed, data))
+                        file.flush()
+
+
+if __name__ == "__main__":
+    main()
