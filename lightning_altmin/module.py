@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.codes import CodeSolver
 from lightning_altmin.guard import Policy
+from lightning_altmin.loss_scaling import without_loss_scaling
 from lightning_altmin.metrics import Metrics
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
@@ -166,7 +167,7 @@ class AltMinModule(SupervisedModule):
             torch._foreach_div_(gradients, self._admitted)
         if self._clip is not None:
             clip_per_group(optimizer, self._clip)
-        with self.core.guard.protect(optimizer), equal_groups_merged(optimizer):
+        with self.core.guard.protect(optimizer), equal_groups_merged(optimizer), without_loss_scaling(self.trainer):
             step()
         optimizer.zero_grad()
         self._admitted = 0

@@ -10,7 +10,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_altmin.network import CodedNetwork
 
-_PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
 def refuse_replaced(trainer: Trainer) -> None:
@@ -51,14 +51,14 @@ def refuse_unsupported(trainer: Trainer, coded: CodedNetwork) -> None:
         )
     if trainer.precision not in _PRECISIONS:
         raise MisconfigurationException(
-            f"precision={trainer.precision!r} is not supported: moves of codes are smaller than half precision can "
-            f"hold, and parameters of 16 bits lose most updates. Use one of {_PRECISIONS}"
+            f"precision={trainer.precision!r} is not supported: parameters and codes of 16 bits lose most updates. Use "
+            f"one of {_PRECISIONS}"
         )
     by_autograd = [stage.name for stage in coded.stages if stage.engine.kind != "closed_form"]
-    if trainer.precision == "bf16-mixed" and by_autograd:
+    if trainer.precision in ("bf16-mixed", "16-mixed") and by_autograd:
         raise MisconfigurationException(
-            f"precision='bf16-mixed' needs closed forms, but stages {by_autograd} are differentiated by autograd, "
-            "which would round a code's move away. Use precision='32-true'"
+            f"precision={trainer.precision!r} needs closed forms, but stages {by_autograd} are differentiated by "
+            "autograd, which would round a code's move away. Use precision='32-true'"
         )
     if trainer.strategy.root_device.type == "mps":
         raise MisconfigurationException(

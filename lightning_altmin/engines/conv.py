@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_altmin.engines.base import Gradients
 from lightning_altmin.engines.closed_form import closed_form
-from lightning_altmin.engines.rule import Point, Rule
+from lightning_altmin.engines.rule import Point, Rule, product
 
 
 def _is_plain(conv: _ConvNd) -> bool:
@@ -25,7 +25,7 @@ class ConvRule(Rule):
         return self._apply(x, self.module.bias), None
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
-        return self._apply(difference, None)
+        return product(lambda d: self._apply(d, None), difference)
 
     def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.module
@@ -34,8 +34,7 @@ class ConvRule(Rule):
         ).to(x.dtype)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
-        gradient: Tensor = self._backward(grad, at.x, (True, False, False))[0]
-        return gradient
+        return product(lambda g: self._backward(g, at.x, (True, False, False))[0], grad)
 
     def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
         conv = self.module

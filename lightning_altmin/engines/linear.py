@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lightning_altmin.engines.base import Gradients
 from lightning_altmin.engines.closed_form import closed_form
-from lightning_altmin.engines.rule import Point, Rule
+from lightning_altmin.engines.rule import Point, Rule, product
 
 
 @closed_form(nn.Linear)
@@ -23,17 +23,17 @@ class LinearRule(Rule):
         return functional.linear(x, self.module.weight, self.module.bias).to(x.dtype), None
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
-        return functional.linear(difference, self.module.weight).to(difference.dtype)
+        return product(lambda d: functional.linear(d, self.module.weight), difference)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
-        return (grad @ self.module.weight).to(grad.dtype)
+        return product(lambda g: g @ self.module.weight, grad)
 
     def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
         weight, bias = self.module.weight, self.module.bias
         rows, inputs = _rows(grad), _rows(at.x)
         gradients: Gradients = []
         if weight.requires_grad:
-            gradients.append((weight, (rows.t() @ inputs).to(weight.dtype)))
+            gradients.append((weight, product(lambda g: g.t() @ inputs, rows)))
         if bias is not None and bias.requires_grad:
             gradients.append((bias, rows.sum(0)))
         return gradients

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines.base import Gradients
@@ -115,3 +116,16 @@ def selected(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     Each entry is a product with 1 plus a product with 0, so it is the chosen one to the last digit.
     """
     return (chosen * mask).add_(other * ~mask)
+
+
+def product(linear_map: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A linear map of moves or gradients, in the precision of ``x``.
+
+    Under float16 autocast ``x`` is scaled to a largest entry of 1 before the map and back after it: moves and gradients
+    are often smaller than anything float16 holds. bfloat16 has the range of single precision and needs no scaling.
+    """
+    device = x.device.type
+    if not (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16):
+        return linear_map(x).to(x.dtype)
+    size = x.abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
+    return linear_map(x / size).to(x.dtype) * size
