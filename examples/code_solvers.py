@@ -45,6 +45,7 @@ SOLVERS: dict[str, tuple[CodeSolver, str] | None] = {
     "line search, 3 steps": (LineSearchCodes(steps=3), "moved"),
     "5 steps of 0.2": (GradientCodes(5, 0.2), "moved"),
     "5 steps of 0.1": (GradientCodes(5, 0.1), "moved"),
+    "up to 20 steps of 0.2, to a tenth of the gradient": (GradientCodes(20, 0.2, tol=0.1), "moved"),
     "1 step of 1": (GradientCodes(1, 1.0), "moved"),
     "1 step of 0.1": (GradientCodes(1, 0.1), "moved"),
     "1 step of 1, forward inputs (= backprop)": (GradientCodes(1, 1.0), "forward"),

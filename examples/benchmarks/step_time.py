@@ -316,9 +316,20 @@ def profile(net: str) -> None:
         print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
 
 
+KEY = ("net", "level", "threads", "precision", "method")
+
+
+def read(path: Path | None) -> list[dict[str, Any]]:
+    """The rows measured before; those measured anew replace them."""
+    if path is None or not path.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all rows and the machine to this file")
+    parser.add_argument("--json", type=Path, help="add all rows, and the machine, to this file")
     parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=list(NETS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
@@ -331,14 +342,17 @@ def main() -> None:
     if arguments.profile:
         profile(arguments.profile)
         return
-    rows = []
+    rows = read(arguments.json)
     for threads in arguments.threads:
         for precision in arguments.precision:
-            rows += measure(arguments.nets, threads, precision, arguments.seconds, arguments.rounds)
-            if arguments.json:
-                machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+            for net in arguments.nets:
+                new = measure([net], threads, precision, arguments.seconds, arguments.rounds)
+                keys = {tuple(row[key] for key in KEY) for row in new}
+                rows = [row for row in rows if tuple(row[key] for key in KEY) not in keys] + new
+                if arguments.json:
+                    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                    arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     print(table(rows))
 
 
