@@ -1,0 +1,67 @@
+"""The innovation form: the memory as preconditioner of each layer's local gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_altmin.weights.base import WeightProblem
+from lightning_altmin.weights.memory_form import Memory, MemoryForm
+from lightning_altmin.weights.ridge import damped_inverse
+
+
+class InnovationForm(MemoryForm):
+    r"""Direction :math:`\frac{1}{n} \sum d a^\top (A + ridge)^{-1}`, with ``A`` the discounted mean of ``a a^T``.
+
+    ``d`` is the gradient of a sample's local problem with respect to the layer's output, the wanted change with its
+    sign turned, and ``n`` the number of samples and positions in the batch.
+
+    Args:
+        ridge: Relative to the mean of A's diagonal, > 0.
+        every: Batches from one measurement of A to the next; the first ``every`` batches all measure.
+    """
+
+    keeps_targets = False
+    keeps_inverse = True
+
+    def __init__(self, ridge: float, every: int) -> None:
+        self._ridge, self._every = ridge, every
+
+    def check(self, memory: Memory) -> None:
+        pass  # a gradient exists for any layer in any place
+
+    def measures(self, number: int) -> bool:
+        return number < self._every or number % self._every == 0
+
+    def renews(self, number: int) -> bool:
+        return self.measures(number)
+
+    def targets(self, problem: WeightProblem, memory: Memory) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
+
+    def direction(self, problem: WeightProblem, memory: Memory) -> Tensor:
+        layer = memory.layer
+        alone = problem.stage.affine == [layer.layer] and problem.forward_output.dim() == 2
+        if not alone or problem.input.shape[0] >= layer.outputs:
+            return self._preconditioned(self.pending(problem, memory), memory)
+        # With fewer rows than outputs, preconditioning the inputs costs less than preconditioning their products.
+        inputs = layer.rows(problem.live.layer_input(layer.layer))
+        with torch.autocast(inputs.device.type, enabled=False):
+            return problem.output_gradient.t().to(inputs.dtype) @ self._preconditioned(inputs, memory)
+
+    def pending(self, problem: WeightProblem, memory: Memory) -> Tensor:
+        layer = memory.layer
+        gradients = dict(problem.smooth_gradients)
+        positions = layer.positions(problem.live.layer_input(layer.layer))
+        return layer.join([gradients[p] for p in layer.parameters]) / positions
+
+    def renewed_direction(self, memory: Memory, pending: Tensor | None) -> Tensor:
+        assert pending is not None
+        memory.statistics.inverse = damped_inverse(memory.statistics.mean(), self._ridge)
+        return self._preconditioned(pending, memory)
+
+    @staticmethod
+    def _preconditioned(rows: Tensor, memory: Memory) -> Tensor:
+        assert memory.statistics.inverse is not None
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows.to(memory.statistics.inverse.dtype) @ memory.statistics.inverse
