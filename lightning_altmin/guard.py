@@ -51,8 +51,8 @@ class Buffers:
         with torch.no_grad():
             for buffer, before in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(before)
-        for owner, name, buffer in self._replaced:
-            owner._buffers[name] = buffer
+        for owner, name, old in self._replaced:
+            owner._buffers[name] = old
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -68,10 +68,10 @@ class Buffers:
         with torch.no_grad():
             for buffer, before in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(torch.where(bad, before, buffer))
-            for owner, name, before in self._replaced:
+            for owner, name, old in self._replaced:
                 now = owner._buffers[name]
-                if now is not before and now is not None and before is not None:
-                    owner._buffers[name] = torch.where(bad, before, now)
+                if now is not old and now is not None and old is not None:
+                    owner._buffers[name] = torch.where(bad, old, now)
 
 
 def buffer_owners(*modules: nn.Module) -> list[nn.Module]:

@@ -35,7 +35,7 @@ def bcd(W: Tensor, A: Tensor, B: Tensor, lambda_w: float = 0.0, sweeps: int = 1,
     Raises:
         ValueError: If shapes do not fit or a number is out of its range.
     """
-    outputs, inputs = W.shape
+    inputs = W.shape[1]
     if A.shape != (inputs, inputs) or B.shape != W.shape:
         raise ValueError(
             f"W has shape {tuple(W.shape)}, so A must have {(inputs, inputs)} and B {tuple(W.shape)}; got "

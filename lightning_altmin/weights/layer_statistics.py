@@ -101,11 +101,12 @@ class LayerStatistics(nn.Module):
     def unpack(self, vector: Tensor) -> None:
         """Take the sums of `packed` over all processes as the whole."""
         size = self.A.shape[0]
-        triangle, rows, targets = vector.split([size * (size + 1) // 2, 1, 0 if self.B is None else self.B.numel()])
+        end = size * (size + 1) // 2
+        triangle, rows, targets = vector[:end], vector[end], vector[end + 1 :]
         upper = torch.zeros_like(self.A)
         upper[self._upper()] = triangle
         self.A = upper + upper.triu(1).t()
-        self.rows = rows.reshape(()).clone()
+        self.rows = rows.clone()
         if self.B is not None:
             self.B = targets.reshape(self.B.shape).clone()
         self.is_share = False

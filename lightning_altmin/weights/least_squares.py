@@ -82,7 +82,7 @@ class SolveForm(MemoryForm):
         if problem.move is not None:
             target = problem.target
         elif isinstance(problem.loss, CrossEntropy) and not problem.y.is_floating_point():
-            target, mask = _one_hot(problem)
+            target, mask = _one_hot(problem, problem.loss.module.ignore_index)
         elif isinstance(problem.y, Tensor) and problem.y.shape == problem.forward_output.shape:
             target = problem.y.to(problem.forward_output.dtype)
         else:
@@ -107,14 +107,14 @@ class SolveForm(MemoryForm):
         return memory.layer.matrix().to(memory.statistics.A.dtype) - self.equations(memory)
 
 
-def _one_hot(problem: WeightProblem) -> tuple[Tensor, Tensor | None]:
+def _one_hot(problem: WeightProblem, ignored: int) -> tuple[Tensor, Tensor | None]:
     """Labels as rows of zeros with a one, and which samples have one."""
     if problem.forward_output.dim() != 2:
         raise ValueError(
             f"form='solve' takes one label per sample, the output has shape {tuple(problem.forward_output.shape)}; "
             'give the output stage another solver: LayerwiseWeights({"output": LocalGradient(), "default": ...})'
         )
-    labelled = problem.y != problem.loss.module.ignore_index
+    labelled = problem.y != ignored
     labels = problem.y.where(labelled, 0)
     dtype = torch.promote_types(problem.forward_output.dtype, torch.float32)
     target = functional.one_hot(labels, problem.forward_output.shape[1]).to(dtype)

@@ -42,8 +42,8 @@ class LeastSquaresLayer:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The weight, and the bias if it is trained."""
-        bias = self.layer.bias
-        return [self.layer.weight, bias] if bias is not None and self.has_bias else [self.layer.weight]
+        named = self.layer._parameters
+        return [p for name in ("weight", "bias")[: 1 + self.has_bias] if (p := named[name]) is not None]
 
     def matrix(self) -> Tensor:
         """The weights as they are, shape ``(outputs, inputs)``."""
@@ -59,15 +59,15 @@ class LeastSquaresLayer:
         A fused optimizer reads a gradient as if it were contiguous, whatever its strides say.
         """
         weight, dtype = self.layer.weight, self.layer.weight.dtype
-        parts = matrix.split([weight[0].numel(), 1] if self.has_bias else [weight[0].numel()], 1)
-        return [(p, part.reshape(p.shape).to(dtype).contiguous()) for p, part in zip(self.parameters, parts, strict=True)]
+        inputs = weight[0].numel()
+        parts = [matrix[:, :inputs], matrix[:, inputs:]][: 1 + self.has_bias]
+        return [
+            (p, part.reshape(p.shape).to(dtype).contiguous()) for p, part in zip(self.parameters, parts, strict=True)
+        ]
 
     def rows(self, x: Tensor) -> Tensor:
         """The inputs of the layer, one row per sample and position, shape ``(rows, inputs)``."""
-        if isinstance(self.layer, nn.Conv2d):
-            rows = self._patches(self.layer, x)
-        else:
-            rows = x.reshape(-1, x.shape[-1])
+        rows = self._patches(self.layer, x) if isinstance(self.layer, nn.Conv2d) else x.reshape(-1, x.shape[-1])
         return functional.pad(rows, (0, 1), value=1.0) if self.has_bias else rows
 
     def positions(self, x: Tensor) -> int:
@@ -87,8 +87,8 @@ class LeastSquaresLayer:
         if isinstance(self.layer, nn.Conv2d):  # a patch at every position, or fewer with a stride
             per_sample *= self.layer.kernel_size[0] * self.layer.kernel_size[1]
         count = max(1, _CHUNK // max(per_sample, 1))
-        for part in zip(*(tensor.split(count) for tensor in (x, *others)), strict=True):
-            yield (self.rows(part[0]), *part[1:])
+        for start in range(0, x.shape[0], count):
+            yield (self.rows(x[start : start + count]), *(other[start : start + count] for other in others))
 
     def output_rows(self, y: Tensor) -> Tensor:
         """The layer's output, or a target of it, as rows that belong to `rows`; shape ``(rows, outputs)``."""
@@ -112,7 +112,10 @@ def least_squares_layer(stage: Stage) -> LeastSquaresLayer:
     """
     layer = stage.affine[0]
     remedy = f'train it otherwise: LayerwiseWeights({{"{stage.name}": LocalGradient(), "default": ...}})'
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer).forward not in (
+        nn.Linear.forward,
+        nn.Conv2d.forward,
+    ):
         raise ValueError(
             f"a memory needs Linear or Conv2d layers, but stage {stage.name!r} has {type(layer).__name__}; {remedy}"
         )

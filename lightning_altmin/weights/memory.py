@@ -14,14 +14,14 @@ from lightning_altmin.engines import Gradients
 from lightning_altmin.network import Stage
 from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
-from lightning_altmin.weights.innovation import InnovationForm
+from lightning_altmin.weights.innovation import InnovationForm, Positions
 from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.least_squares import Cholesky, CoordinateDescent, SolveForm
 from lightning_altmin.weights.least_squares_layer import least_squares_layer
+from lightning_altmin.weights.limited_descent import LimitedDescent
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
 from lightning_altmin.weights.memory_form import Memory, MemoryForm
 from lightning_altmin.weights.rank_sum import processes, sum_over_ranks
-
 
 Form = Literal["innovation", "solve"]
 Equations = Literal["cholesky", "bcd"]
@@ -34,7 +34,8 @@ class CoactivationMemory(WeightSolver):
     trained bias is an appended one. Convolutions count every position of every sample.
 
     ``form="innovation"``, the default: :math:`W \leftarrow W + step \cdot \overline{D a^\top} (\bar A + ridge)^{-1}`,
-    bars for means over samples and positions, ``D`` the change that the layer's own problem asks of its output: minus
+    bars for means,
+    ``D`` the change that the layer's own problem asks of its output: minus
     its gradient, which with one code step and forward inputs is backprop's. So this form is then backprop
     preconditioned by the inputs' second moments. The output layer takes part with the gradient of the loss.
 
@@ -47,10 +48,14 @@ class CoactivationMemory(WeightSolver):
         solver: ``"cholesky"`` or ``"bcd"``; of the solve form.
         ridge: Relative to mean(diag A). Innovation: in [0.1, 10], 1 if not given. Cholesky: >= 0, 1e-3 if not given.
         forgetting: Discount per measurement, in (0, 1]; if not given, 0.95 (innovation) or 1 (solve).
-        step: Step of the innovation form, in (0, 1]; 0.8 if not given. It is the optimizer's learning rate, so schedules
-            work on it.
+        step: Step of the innovation form, in (0, 1]; 0.8 if not given. It is the optimizer's learning rate, which
+            schedules may change.
+        limit: Largest change of a layer in one step of the innovation form, relative to its norm, > 0; ``None`` for no
+            bound, and then large steps diverge in networks with convolutions.
+        positions: What the innovation form divides a convolution's sum over positions by: ``"mean"``, their number, or
+            its ``"root"``. Changes asked for at neighbouring positions agree in part, so their mean is a timid step.
         every: Batches from one use of new statistics to the next, >= 1. The innovation form measures at these batches
-            (and at each of the first ``every``); the solve form solves at them and measures at all.
+            (and at 1, 2, 4, ... before the first of them); the solve form solves at them and measures at all.
         lambda_w: Threshold of the shrinkage of ``"bcd"``, >= 0.
         inputs: Which codes are the layers' inputs; if not given, ``"forward"`` (innovation) or ``"moved"`` (solve).
         optimizer: Makes the optimizer of parameters that no memory holds: scales of a BatchNorm, a PReLU.
@@ -73,6 +78,8 @@ class CoactivationMemory(WeightSolver):
         ridge: float | None = None,
         forgetting: float | None = None,
         step: float | None = None,
+        limit: float | None = 0.2,
+        positions: Positions = "root",
         every: int = 10,
         lambda_w: float = 0.0,
         inputs: Inputs | None = None,
@@ -89,7 +96,9 @@ class CoactivationMemory(WeightSolver):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
         self._form: MemoryForm
         if form == "innovation":
-            self._form = _innovation(solver, ridge, lambda_w, every)
+            if positions not in ("root", "mean"):
+                raise ValueError(f"positions must be 'root' or 'mean', got {positions!r}")
+            self._form = _innovation(solver, ridge, lambda_w, every, positions)
             self.step = _in_range("step", 0.8 if step is None else step, 0, 1)
         elif form == "solve":
             if step is not None:
@@ -98,6 +107,9 @@ class CoactivationMemory(WeightSolver):
             self.step = 1.0
         else:
             raise ValueError(f"form must be 'innovation' or 'solve', got {form!r}")
+        if limit is not None and not limit > 0:
+            raise ValueError(f"limit must be a positive number or None, got {limit}")
+        self.limit = limit if form == "innovation" else None
         self.form = form
         self.every = every
         self.forgetting = (0.95 if form == "innovation" else 1.0) if forgetting is None else forgetting
@@ -108,7 +120,7 @@ class CoactivationMemory(WeightSolver):
         self._pending: list[tuple[Memory, Tensor | None]] = []
         self._batch: int | None = None
         self._measured = self._renews = False
-        self.register_state_dict_pre_hook(lambda *_: self.synchronize())
+        self.register_state_dict_pre_hook(lambda *_: self.synchronize())  # type: ignore[no-untyped-call]
 
     # ---------------------------------------------------------------- what the algorithm asks for
 
@@ -125,7 +137,7 @@ class CoactivationMemory(WeightSolver):
             raise ValueError("network has no trainable parameter")
         children: dict[str, Optimizer] = {}
         if held:
-            children["memory"] = torch.optim.SGD(held, lr=self.step, fused=True)
+            children["memory"] = LimitedDescent(held, lr=self.step, limit=self.limit)
         if others:
             made = self._others(others)
             inner = made.children if isinstance(made, LayerwiseOptimizer) else {"others": made}
@@ -258,12 +270,15 @@ def _in_range(name: str, value: float, low: float, high: float, low_is_allowed: 
     return float(value)
 
 
-def _innovation(solver: Equations | None, ridge: float | None, lambda_w: float, every: int) -> InnovationForm:
+def _innovation(
+    solver: Equations | None, ridge: float | None, lambda_w: float, every: int, positions: Positions
+) -> InnovationForm:
     if solver == "bcd" or lambda_w != 0:
         raise ValueError(
             f"solver={solver!r} and lambda_w={lambda_w} belong to form='solve'; form='innovation' inverts A"
         )
-    return InnovationForm(_in_range("ridge", 1.0 if ridge is None else ridge, 0.1, 10, low_is_allowed=True), every)
+    ridge = _in_range("ridge", 1.0 if ridge is None else ridge, 0.1, 10, low_is_allowed=True)
+    return InnovationForm(ridge, every, positions)
 
 
 def _solve(solver: Equations | None, ridge: float | None, lambda_w: float, every: int) -> SolveForm:

@@ -25,5 +25,7 @@ def sum_over_ranks(statistics: Sequence[LayerStatistics]) -> None:
     parts = [each.packed() for each in statistics]
     flat = torch.cat(parts)
     distributed.all_reduce(flat)
-    for each, part in zip(statistics, flat.split([part.numel() for part in parts]), strict=True):
-        each.unpack(part)
+    start = 0
+    for each, part in zip(statistics, parts, strict=True):
+        each.unpack(flat[start : start + part.numel()])
+        start += part.numel()
