@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -58,6 +57,10 @@ class WeightProblem:
     number: int = 0
     residual: Tensor | None = None
     """``f(input) - target`` of a hidden stage, set by `output_gradient`."""
+    # Kept once computed; a cached_property would hold a lock, which cannot be traced.
+    _live: StageMap | None = field(default=None, repr=False)
+    _output_gradient: Tensor | None = field(default=None, repr=False)
+    _smooth: Gradients | None = field(default=None, repr=False)
 
     @property
     def known(self) -> bool:
@@ -82,19 +85,28 @@ class WeightProblem:
             gradients = [(p, g if (l1 := self._sparsity(p)) is None else g + l1) for p, g in gradients]
         return gradients
 
-    @cached_property
+    @property
     def smooth_gradients(self) -> Gradients:
         """`gradients` without the l1 term."""
-        return self.live.parameter_gradients(self.output_gradient)
+        if self._smooth is None:
+            self._smooth = self.live.parameter_gradients(self.output_gradient)
+        return self._smooth
 
-    @cached_property
+    @property
     def live(self) -> StageMap:
         """The stage at ``input``."""
-        return self.stage.live(self.input, self.state)
+        if self._live is None:
+            self._live = self.stage.live(self.input, self.state)
+        return self._live
 
-    @cached_property
+    @property
     def output_gradient(self) -> Tensor:
         """Gradient of this problem, the l1 term left out, with respect to the stage's output."""
+        if self._output_gradient is None:
+            self._output_gradient = self._find_output_gradient()
+        return self._output_gradient
+
+    def _find_output_gradient(self) -> Tensor:
         if self.move is None:
             return self.loss.mean_gradient(self.forward_output if self.known else self.live.output(), self.y)
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.

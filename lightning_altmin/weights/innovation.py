@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_altmin.weights.base import WeightProblem
 from lightning_altmin.weights.memory_form import Memory, MemoryForm
-from lightning_altmin.weights.ridge import damped_inverse
 
 Positions = Literal["root", "mean"]
 
@@ -50,11 +49,12 @@ class InnovationForm(MemoryForm):
         layer = memory.layer
         alone = problem.stage.affine == [layer.layer] and problem.forward_output.dim() == 2
         if not alone or problem.input.shape[0] >= layer.outputs:
-            return self._preconditioned(self.pending(problem, memory), memory)
+            return memory.statistics.preconditioned(self.pending(problem, memory))
         # With fewer rows than outputs, preconditioning the inputs costs less than preconditioning their products.
         inputs = layer.rows(problem.live.layer_input(layer.layer))
         with torch.autocast(inputs.device.type, enabled=False):
-            return problem.output_gradient.t().to(inputs.dtype) @ self._preconditioned(inputs, memory)
+            turned = memory.statistics.preconditioned(inputs)
+            return problem.output_gradient.t().to(turned.dtype) @ turned
 
     def pending(self, problem: WeightProblem, memory: Memory) -> Tensor:
         layer = memory.layer
@@ -64,11 +64,5 @@ class InnovationForm(MemoryForm):
 
     def renewed_direction(self, memory: Memory, pending: Tensor | None) -> Tensor:
         assert pending is not None
-        memory.statistics.inverse = damped_inverse(memory.statistics.mean(), self._ridge)
-        return self._preconditioned(pending, memory)
-
-    @staticmethod
-    def _preconditioned(rows: Tensor, memory: Memory) -> Tensor:
-        assert memory.statistics.inverse is not None
-        with torch.autocast(rows.device.type, enabled=False):
-            return rows.to(memory.statistics.inverse.dtype) @ memory.statistics.inverse
+        memory.statistics.renew(self._ridge)
+        return memory.statistics.preconditioned(pending)

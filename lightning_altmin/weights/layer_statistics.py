@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
+from lightning_altmin.weights.ridge import damped_inverse
 
 
 class LayerStatistics(nn.Module):
@@ -90,6 +91,32 @@ class LayerStatistics(nn.Module):
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
         self.is_share = False  # what is saved is the whole
+
+    def renew(self, ridge: float) -> None:
+        """Compute the damped inverse of the mean of ``a a^T``; ``ridge`` is relative to the mean of its diagonal."""
+        self.inverse = damped_inverse(self.mean(), ridge)
+
+    def preconditioned(self, matrix: Tensor) -> Tensor:
+        """``matrix @ (A + ridge)^-1``, shape ``(any, inputs)``."""
+        assert self.inverse is not None
+        with torch.autocast(matrix.device.type, enabled=False):
+            return matrix.to(self.inverse.dtype) @ self.inverse
+
+    def energy(self) -> Tensor:
+        """A scalar that is finite if the statistics are."""
+        return self.A.diagonal().sum()
+
+    @property
+    def shape(self) -> str:
+        """What is kept, for a table."""
+        size = f"{self.A.shape[0]}x{self.A.shape[0]}"
+        return size if self.B is None else f"{size}, {self.B.shape[0]}x{self.B.shape[1]}"
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Multiply-adds per row measured, and per renewal."""
+        inputs = self.A.shape[0]
+        return inputs**2 + (0 if self.B is None else self.B.numel()), inputs**3
 
     # ---------------------------------------------------------------- several processes
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from lightning_altmin.losses import CrossEntropy
 from lightning_altmin.weights.base import WeightProblem
 from lightning_altmin.weights.bcd import bcd
+from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.memory_form import Memory, MemoryForm
 from lightning_altmin.weights.ridge import ridge_solution
 
@@ -19,8 +20,8 @@ class NormalEquations(ABC):
     """How the least-squares problem of one layer is solved."""
 
     @abstractmethod
-    def __call__(self, memory: Memory) -> Tensor:
-        """The new weights, shape ``(outputs, inputs)``, in the statistics' precision."""
+    def __call__(self, weights: Tensor, A: Tensor, B: Tensor, has_bias: bool) -> Tensor:
+        """The new weights, shape ``(outputs, inputs)``, given those of now and the statistics."""
 
 
 class CoordinateDescent(NormalEquations):
@@ -29,11 +30,8 @@ class CoordinateDescent(NormalEquations):
     def __init__(self, lambda_w: float) -> None:
         self._lambda_w = lambda_w
 
-    def __call__(self, memory: Memory) -> Tensor:
-        statistics = memory.statistics
-        assert statistics.B is not None
-        weights = memory.layer.matrix().to(statistics.A.dtype)
-        return bcd(weights, statistics.A, statistics.B, self._lambda_w, bias=memory.layer.has_bias)
+    def __call__(self, weights: Tensor, A: Tensor, B: Tensor, has_bias: bool) -> Tensor:
+        return bcd(weights, A, B, self._lambda_w, bias=has_bias)
 
 
 class Cholesky(NormalEquations):
@@ -42,9 +40,8 @@ class Cholesky(NormalEquations):
     def __init__(self, ridge: float) -> None:
         self._ridge = ridge
 
-    def __call__(self, memory: Memory) -> Tensor:
-        assert memory.statistics.B is not None
-        return ridge_solution(memory.statistics.A, memory.statistics.B, self._ridge)
+    def __call__(self, weights: Tensor, A: Tensor, B: Tensor, has_bias: bool) -> Tensor:
+        return ridge_solution(A, B, self._ridge)
 
 
 class SolveForm(MemoryForm):
@@ -61,7 +58,7 @@ class SolveForm(MemoryForm):
     keeps_inverse = False
 
     def __init__(self, equations: NormalEquations, every: int) -> None:
-        self.equations, self._every = equations, every
+        self._equations, self._every = equations, every
 
     def check(self, memory: Memory) -> None:
         if (after := memory.stage.affine[1:]) and not all(isinstance(m, nn.Dropout | nn.Identity) for m in after):
@@ -104,7 +101,16 @@ class SolveForm(MemoryForm):
         return None
 
     def renewed_direction(self, memory: Memory, pending: Tensor | None) -> Tensor:
-        return memory.layer.matrix().to(memory.statistics.A.dtype) - self.equations(memory)
+        solution = self.solution(memory)
+        return memory.layer.matrix().to(solution.dtype) - solution
+
+    def solution(self, memory: Memory) -> Tensor:
+        """The weights that the statistics ask for, shape ``(outputs, inputs)``."""
+        statistics = memory.statistics
+        assert isinstance(statistics, LayerStatistics)
+        assert statistics.B is not None
+        weights = memory.layer.matrix().to(statistics.A.dtype)
+        return self._equations(weights, statistics.A, statistics.B, memory.layer.has_bias)
 
 
 def _one_hot(problem: WeightProblem, ignored: int) -> tuple[Tensor, Tensor | None]:

@@ -17,9 +17,10 @@ from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 from lightning_altmin.weights.innovation import InnovationForm, Positions
 from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.least_squares import Cholesky, CoordinateDescent, SolveForm
-from lightning_altmin.weights.least_squares_layer import least_squares_layer
+from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer, least_squares_layer
 from lightning_altmin.weights.limited_descent import LimitedDescent
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
+from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
 from lightning_altmin.weights.memory_form import Memory, MemoryForm
 from lightning_altmin.weights.rank_sum import processes, sum_over_ranks
 
@@ -54,6 +55,8 @@ class CoactivationMemory(WeightSolver):
             bound, and then large steps diverge in networks with convolutions.
         positions: What the innovation form divides a convolution's sum over positions by: ``"mean"``, their number, or
             its ``"root"``. Changes asked for at neighbouring positions agree in part, so their mean is a timid step.
+        rank: Keep only this many leading directions of A, >= 1, in layers with more inputs than that: for wide layers,
+            in the innovation form.
         every: Batches from one use of new statistics to the next, >= 1. The innovation form measures at these batches
             (and at 1, 2, 4, ... before the first of them); the solve form solves at them and measures at all.
         lambda_w: Threshold of the shrinkage of ``"bcd"``, >= 0.
@@ -80,6 +83,7 @@ class CoactivationMemory(WeightSolver):
         step: float | None = None,
         limit: float | None = 0.2,
         positions: Positions = "root",
+        rank: int | None = None,
         every: int = 10,
         lambda_w: float = 0.0,
         inputs: Inputs | None = None,
@@ -109,6 +113,9 @@ class CoactivationMemory(WeightSolver):
             raise ValueError(f"form must be 'innovation' or 'solve', got {form!r}")
         if limit is not None and not limit > 0:
             raise ValueError(f"limit must be a positive number or None, got {limit}")
+        if rank is not None and (form != "innovation" or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank must be an integer >= 1, with form='innovation', got {rank} with form={form!r}")
+        self.rank = rank
         self.limit = limit if form == "innovation" else None
         self.form = form
         self.every = every
@@ -174,19 +181,20 @@ class CoactivationMemory(WeightSolver):
         if not self._renews:
             return gradients
         pending, self._pending = self._pending, []
-        sum_over_ranks([memory.statistics for memory, _ in pending])
+        self.synchronize()
         for memory, part in pending:
             gradients = gradients + memory.layer.split(self._form.renewed_direction(memory, part))
         return gradients
 
     def evidence(self) -> list[Tensor]:
-        return [memory.statistics.A.diagonal().sum() for memory in self._memories.values()] if self._measured else []
+        return [memory.statistics.energy() for memory in self._memories.values()] if self._measured else []
 
     # ---------------------------------------------------------------- the memories
 
     def synchronize(self) -> None:
         """Sum the statistics over processes, if they hold shares; all of them must call it, before a save for one."""
-        sum_over_ranks([memory.statistics for memory in self._memories.values()])
+        kept = [memory.statistics for memory in self._memories.values()]
+        sum_over_ranks([each for each in kept if isinstance(each, LayerStatistics)])
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -199,26 +207,17 @@ class CoactivationMemory(WeightSolver):
             raise ValueError(f"form={self.form!r} keeps no targets to solve for; use form='solve'")
         self.synchronize()
         for memory in self._memories.values():
-            for parameter, value in memory.layer.split(self._form.equations(memory)):
+            for parameter, value in memory.layer.split(self._form.solution(memory)):
                 parameter.copy_(value)
 
     def explain(self) -> str:
-        """What each memory holds, and its multiply-adds beside those of one forward pass of the layer."""
-        rows = [("memory", "A", "B", "megabytes", "multiply-adds per row", "per solution")]
+        """What each memory holds, and what measuring a row (sample and position) and renewing it cost."""
+        rows = [("memory", "statistics", "megabytes", "multiply-adds per row measured", "per renewal")]
         for memory in self._memories.values():
-            inputs, outputs, statistics = memory.layer.inputs, memory.layer.outputs, memory.statistics
+            statistics = memory.statistics
             held = sum(buffer.numel() * buffer.element_size() for buffer in statistics.buffers())
-            per_row = inputs * inputs + (0 if statistics.B is None else inputs * outputs)
-            rows.append(
-                (
-                    memory.stage.name,
-                    f"{inputs}x{inputs}",
-                    "-" if statistics.B is None else f"{outputs}x{inputs}",
-                    f"{held / 1e6:.1f}",
-                    f"{per_row:,}",
-                    f"{inputs**3:,}",
-                )
-            )
+            per_row, renewal = statistics.products
+            rows.append((memory.stage.name, statistics.shape, f"{held / 1e6:.2f}", f"{per_row:,}", f"{renewal:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -242,13 +241,17 @@ class CoactivationMemory(WeightSolver):
             if not trainable(stage) or (isinstance(weight, nn.Parameter) and not weight.requires_grad):
                 continue
             layer = least_squares_layer(stage)
-            statistics = LayerStatistics(
-                layer, self._precision(layer.layer.weight), self._form.keeps_targets, self._form.keeps_inverse
-            )
+            statistics = self._new_statistics(layer)
             memory = Memory(stage, layer, statistics)
             self._form.check(memory)
             self._memories[stage.name] = memory
             self._statistics[stage.name.replace(".", "/")] = statistics
+
+    def _new_statistics(self, layer: LeastSquaresLayer) -> LayerStatistics | LowRankStatistics:
+        dtype = self._precision(layer.layer.weight)
+        if self.rank is not None and self.rank < layer.inputs:
+            return LowRankStatistics(layer, self.rank, dtype)
+        return LayerStatistics(layer, dtype, self._form.keeps_targets, self._form.keeps_inverse)
 
     def _precision(self, weight: Tensor) -> torch.dtype:
         """Sums over a whole stream need double precision; a moving average does with single."""

@@ -11,6 +11,7 @@ from lightning_altmin.network import Stage
 from lightning_altmin.weights.base import WeightProblem
 from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
+from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Memory:
 
     stage: Stage
     layer: LeastSquaresLayer
-    statistics: LayerStatistics
+    statistics: LayerStatistics | LowRankStatistics
 
 
 class MemoryForm(ABC):
