@@ -27,6 +27,7 @@ from lightning_altmin.losses import CrossEntropy, Loss, local_loss
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import check_optimizer, clear_gradients, equal_groups_merged
+from lightning_altmin.processes import Processes
 from lightning_altmin.step import Step
 from lightning_altmin.verification import Verification, verify
 from lightning_altmin.weights import LocalGradient, WeightProblem, WeightSolver
@@ -45,6 +46,7 @@ class AltMin(nn.Module):
         nonfinite: What a bad batch does: ``"raise"`` or ``"skip"``; either way it changes nothing.
         compile: Compute a batch's phases in one function compiled by ``torch.compile``; ``True``, or one of its modes
             (``"reduce-overhead"`` for CUDA graphs). Needs closed forms throughout; see `CompiledBatch`.
+        processes: Who shares a batch: ``DataParallel()`` under torch.distributed; one process if not given.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -60,6 +62,7 @@ class AltMin(nn.Module):
         weights: WeightSolver | None = None,
         nonfinite: Policy = "raise",
         compile: bool | str = False,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
         self.coded = network if isinstance(network, CodedNetwork) else CodedNetwork(network)
@@ -69,10 +72,12 @@ class AltMin(nn.Module):
         self.objective = AltMinObjective() if objective is None else objective
         self.codes = CurvatureCodes() if codes is None else codes
         self.weights = LocalGradient() if weights is None else weights
+        self.processes = Processes() if processes is None else processes
         for name, value, kind in (
             ("objective", self.objective, AltMinObjective),
             ("codes", self.codes, CodeSolver),
             ("weights", self.weights, WeightSolver),
+            ("processes", self.processes, Processes),
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
@@ -207,6 +212,7 @@ class AltMin(nn.Module):
             Whether the batch was admitted (an accelerator is not asked: there it is always ``True``).
         """
         gradients, bad = self.differentiate(step, inner) if step._solved is None else step._solved
+        gradients, bad = self.processes.share(self, step, gradients, bad, first=inner == 0)
         assert step._buffers is not None
         admitted = self.guard.admit(step.number, gradients, bad, step._buffers)
         for parameter, gradient in admitted:

@@ -46,6 +46,10 @@ class LocalLoss(ABC):
         """This loss at one output."""
         return LossAt(self, output, target)
 
+    def weight(self, output: Tensor, target: Any) -> Tensor:
+        """How much `mean` counts for in an average of several batches' means: a scalar, here the number of samples."""
+        return torch.full((), float(output.shape[0]), device=output.device)
+
     def readable(self, output: Tensor, target: Any) -> Any:
         """The targets, or ones that a kernel can read where reading the given ones would break the device."""
         return target
@@ -192,6 +196,12 @@ class ModuleLoss(_AutogradLoss):
         value: Tensor = self.module(output, target)
         return value
 
+    def weight(self, output: Tensor, target: Any) -> Tensor:
+        # These two divide by the weights of the labels that are not ignored, and not by the number of samples.
+        if isinstance(self.module, nn.CrossEntropyLoss | nn.NLLLoss) and not target.is_floating_point():
+            return label_weights(self.module, output, target).sum()
+        return super().weight(output, target)
+
     def total(self, output: Tensor, target: Any) -> Tensor:
         values = self._per_sample(output, target)
         if values.dim() == 0 or values.shape[0] != output.shape[0]:
@@ -232,12 +242,7 @@ class CrossEntropy(ModuleLoss):
         return target != self.module.ignore_index
 
     def _class_weights(self, output: Tensor, target: Tensor) -> Tensor:
-        """Weight of each sample's own class, 0 where ignored; shape ``(batch,)``."""
-        valid = self._valid(target)
-        if self.module.weight is None:
-            return valid.to(output.dtype)
-        weights: Tensor = self.module.weight[target.where(valid, 0)] * valid
-        return weights
+        return label_weights(self.module, output, target)
 
     def _sample_gradients(self, output: Tensor, target: Tensor) -> Tensor:
         """Row i: gradient of sample i's loss, ``(1 - e) w_y (p - onehot) + e / C * (p sum(w) - w)``."""
@@ -335,6 +340,15 @@ class MeanSquaredError(ModuleLoss):
     def check(self, output: Tensor, target: Any) -> None:
         super().check(output, target)
         _check_same_shape("MSELoss", output, target)
+
+
+def label_weights(loss: Any, output: Tensor, target: Tensor) -> Tensor:
+    """Weight of each label's own class in a cross-entropy, 0 where ignored; shape of ``target``."""
+    valid = target != loss.ignore_index
+    if loss.weight is None:
+        return valid.to(output.dtype)
+    weights: Tensor = loss.weight[target.where(valid, 0)] * valid
+    return weights
 
 
 def _check_same_shape(loss: str, output: Tensor, target: Any) -> None:

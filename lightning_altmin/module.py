@@ -21,6 +21,7 @@ from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group, equal_groups_merged
 from lightning_altmin.step import Step
+from lightning_altmin.strategies import processes_of, refuse_strategy
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer_checks import (
     refuse_optimizer,
@@ -202,6 +203,7 @@ class AltMinModule(SupervisedModule):
     def configure_callbacks(self) -> Any:
         """The first hook of a run, before Lightning checks its arguments: refuse those that ours replace."""
         if self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_strategy(self.trainer)
             refuse_replaced(self.trainer)
         return super().configure_callbacks()
 
@@ -209,6 +211,7 @@ class AltMinModule(SupervisedModule):
         """Refuse Trainer features that cannot work, before anything else happens."""
         if stage == "fit":
             refuse_unsupported(self.trainer, self.core.coded)
+            self.core.processes = processes_of(self.trainer)
             if self.skips_nonfinite and self.accumulate_batches > 1:
                 refuse_skipping_in_groups(self.trainer)
             # Lightning warns that the checkpoint holds the state *after* the step, as every checkpoint should.

@@ -36,6 +36,8 @@ class AltMinObjective(nn.Module):
     """
 
     mu: Tensor
+    per_sample = True
+    """Whether a sample's codes are independent of the batch it came in, so that processes can share a batch."""
 
     def __init__(self, mu: float = 5.0, lambda_c: float = 0.0, lambda_w: float = 0.0) -> None:
         super().__init__()
@@ -117,6 +119,8 @@ class ReferenceObjective(AltMinObjective):
     at its initial values); the coupling carries a factor ``mu`` that the overall ``1/mu`` cancels; the anchor's
     gradient is exactly zero (its target was never detached); the l1 term of the weights skips the output layer.
     """
+
+    per_sample = False
 
     def code_loss_gradient(self, loss: LossAt) -> Tensor:
         return loss.mean_gradient() / self.mu

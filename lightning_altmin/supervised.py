@@ -121,7 +121,15 @@ class SupervisedModule(ExactResume):
         x, y = self.unpack(batch)
         output = self(x)
         loss = self.batch_loss(output, y)
-        self.log(f"{stage}_loss", loss, batch_size=x.shape[0], on_epoch=True, on_step=False, prog_bar=stage == "val")
+        self.log(
+            f"{stage}_loss",
+            loss,
+            batch_size=x.shape[0],
+            on_epoch=True,
+            on_step=False,
+            prog_bar=stage == "val",
+            sync_dist=True,  # schedules and checkpoints that watch it must see the same number on all processes
+        )
         if len(metrics):
             metrics.update(output, y)
             self.log_dict(metrics, on_epoch=True, on_step=False, prog_bar=stage == "val", batch_size=x.shape[0])

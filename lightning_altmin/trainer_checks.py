@@ -39,16 +39,6 @@ def refuse_unsupported(trainer: Trainer, coded: CodedNetwork) -> None:
     Raises:
         MisconfigurationException: Naming the setting, why it cannot work, and what to use.
     """
-    strategy = type(trainer.strategy).__name__
-    if "FSDP" in strategy or "DeepSpeed" in strategy or "ModelParallel" in strategy:
-        raise MisconfigurationException(
-            f"strategy {strategy} shards parameters that the layers' local problems read whole; use one device"
-        )
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"AltMinModule runs on one process in this version, got {trainer.world_size}: local gradients are not "
-            "averaged over processes yet. Use Trainer(devices=1)"
-        )
     if trainer.precision not in _PRECISIONS:
         raise MisconfigurationException(
             f"precision={trainer.precision!r} is not supported: parameters and codes of 16 bits lose most updates. Use "

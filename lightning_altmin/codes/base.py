@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -140,6 +141,18 @@ class CodeSolver(nn.Module, ABC):
     def measures(self, batch: int) -> bool:
         """Whether the solver wants to measure something in this batch, counted from 0 since training began."""
         return False
+
+    def measured(self) -> Sequence[Tensor]:
+        """What was measured in this batch as sums over its samples, for several processes to add up.
+
+        Asked after the codes have moved, in batches for which `measures` is true; `learn` is then given the sums over
+        all samples.
+        """
+        return []
+
+    def learn(self, sums: Sequence[Tensor]) -> None:
+        """Use the sums over all processes' samples in place of this process's own; called where there are several."""
+        return
 
     @abstractmethod
     def solve(self, problem: CodeProblem) -> Tensor:

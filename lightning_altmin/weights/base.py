@@ -155,6 +155,17 @@ class WeightSolver(nn.Module, ABC):
         """Which codes the weight step of this stage reads."""
         return self.inputs
 
+    def measured(self) -> Sequence[Tensor]:
+        """What was measured in this batch as sums over its samples, for several processes to add up.
+
+        Asked once per batch, after its first gradients; `learn` is then given the sums over all samples.
+        """
+        return []
+
+    def learn(self, sums: Sequence[Tensor]) -> None:
+        """Use the sums over all processes' samples in place of this process's own; called where there are several."""
+        return
+
     @abstractmethod
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
         """One optimizer over the trainable parameters of all stages, with a named parameter group per stage.

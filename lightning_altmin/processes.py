@@ -1,0 +1,34 @@
+"""What several processes do with a batch between its gradients and the optimizer step: on one process, nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_altmin.engines import Gradients
+
+if TYPE_CHECKING:
+    from lightning_altmin.altmin import AltMin
+    from lightning_altmin.step import Step
+
+
+class Processes:
+    """One process, which sees every sample of a batch itself; the base of those that share a batch.
+
+    Strategies subclass it; the algorithm asks it once per weight step and knows nothing else of other processes.
+    """
+
+    def share(
+        self, core: AltMin, step: Step, gradients: Gradients, bad: Tensor, first: bool
+    ) -> tuple[Gradients, Tensor]:
+        """Gradients and verdict of the whole batch, from those of the samples that this process has seen.
+
+        Args:
+            core: The model; what it has measured in this batch is shared as well.
+            step: The batch on this process; its loss becomes that of the whole batch.
+            gradients: Every trainable parameter with its gradient, a mean over this process's samples.
+            bad: Whether the samples here are bad, a bool scalar that is not looked at.
+            first: Whether this is the batch's first weight step, where measurements are shared too.
+        """
+        return gradients, bad

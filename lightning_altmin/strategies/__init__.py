@@ -1,0 +1,6 @@
+"""Several processes: how each strategy of Lightning shares a batch."""
+
+from lightning_altmin.strategies.data_parallel import DataParallel
+from lightning_altmin.strategies.trainer import processes_of, refuse_strategy
+
+__all__ = ["DataParallel", "processes_of", "refuse_strategy"]

@@ -1,0 +1,132 @@
+"""Data parallelism: every process trains on its own samples, and all take the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_altmin.engines import Gradients
+from lightning_altmin.processes import Processes
+from lightning_altmin.strategies.agreement import Signature, refuse_differences
+
+if TYPE_CHECKING:
+    from lightning_altmin.altmin import AltMin
+    from lightning_altmin.step import Step
+
+
+class DataParallel(Processes):
+    """Averages what the processes have found, weighted by samples, in one all-reduce per weight step.
+
+    Codes are per sample, so the phases up to the gradients need nobody else. Then one flat tensor carries the
+    gradients, the loss, the running statistics of BatchNorms, whatever the solvers have measured over samples, and the
+    verdict on the batch: the result is the step that one process would take on all samples together, whatever their
+    number on each process, and a batch that is bad on one of them is bad on all.
+
+    A BatchNorm without synchronisation normalises by the samples of its own process, as under PyTorch's DDP; the
+    running statistics are averaged, so that processes stay equal.
+
+    Under the Trainer, ``strategy="ddp"`` uses this by itself. Without it::
+
+        core = AltMin(network, loss, processes=DataParallel())
+        core.processes.broadcast(core)  # not needed where all processes start with the same weights
+        for x, y in my_share_of_every_batch:
+            core.step(x, y)
+
+    Args:
+        group: The processes to share with; all if not given.
+
+    Every process must step equally often, on at least one sample each time.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self._agreed = False
+
+    @torch.no_grad()
+    def broadcast(self, core: AltMin) -> None:
+        """Give every process the parameters and buffers of the first one."""
+        source = dist.get_global_rank(self._group, 0) if self._group is not None else 0
+        for tensor in (*core.parameters(), *core.buffers()):
+            dist.broadcast(tensor, source, group=self._group)
+
+    @torch.no_grad()
+    def share(
+        self, core: AltMin, step: Step, gradients: Gradients, bad: Tensor, first: bool
+    ) -> tuple[Gradients, Tensor]:
+        """As `Processes.share`.
+
+        Raises:
+            RuntimeError: In the first batch, if processes differ in the library's version, the model or its weights.
+            ValueError: If a gradient is sparse, or codes depend on the batch they come in.
+        """
+        if not self._agreed:
+            _refuse_unshareable(core, gradients)
+            refuse_differences(Signature.of(core), self._group)
+            self._agreed = True
+        outputs = {id(p) for p in core.coded.stages[-1].parameters()}
+        own = [(p, g) for p, g in gradients if id(p) not in outputs]
+        last = [(p, g) for p, g in gradients if id(p) in outputs]
+        running = [b for n in core._norms for b in (n.running_mean, n.running_var) if b is not None] if first else []
+        by_codes = core.codes.measured() if first and step._measures else []
+        by_weights = core.weights.measured() if first else []
+        by_samples, by_loss, sums = self._reduced(
+            [g for _, g in own] + running,
+            [g for _, g in last] + [step.loss],
+            [*by_codes, *by_weights, bad],
+            torch.full((), float(step.x.shape[0]), device=step.loss.device),
+            core.local_loss.weight(step.output, step.y),
+        )
+        for buffer, mean in zip(running, by_samples[len(own) :], strict=True):
+            buffer.copy_(mean)
+        if first:
+            core.codes.learn(sums[: len(by_codes)])
+            core.weights.learn(sums[len(by_codes) : -1])
+            step.loss = by_loss[-1]
+        parameters = [p for p, _ in (*own, *last)]
+        return list(zip(parameters, by_samples[: len(own)] + by_loss[: len(last)], strict=True)), sums[-1] > 0
+
+    def _reduced(
+        self,
+        by_samples: Sequence[Tensor],
+        by_loss: Sequence[Tensor],
+        sums: Sequence[Tensor],
+        samples: Tensor,
+        weight: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Means weighted by ``samples``, means weighted by ``weight``, and sums, all over processes.
+
+        The weights travel with what they weigh, so that one collective is enough.
+        """
+        parts = [*by_samples, *by_loss, *sums, samples, weight]
+        dtype = torch.promote_types(by_loss[0].dtype, torch.float32)  # in which counts are exact
+        flat = torch.cat([part.reshape(-1).to(dtype) for part in parts])
+        middle = sum(part.numel() for part in by_samples)
+        end = middle + sum(part.numel() for part in by_loss)
+        flat[:middle] *= samples
+        flat[middle:end] *= weight
+        dist.all_reduce(flat, group=self._group)
+        flat[:middle] /= flat[-2]
+        flat[middle:end] /= flat[-1]
+        reduced = [
+            values.view_as(part).to(dtype if part.dtype == torch.bool else part.dtype)
+            for values, part in zip(torch.split(flat, [part.numel() for part in parts]), parts, strict=True)
+        ]
+        first, second = len(by_samples), len(by_samples) + len(by_loss)
+        return reduced[:first], reduced[first:second], reduced[second:-2]
+
+
+def _refuse_unshareable(core: AltMin, gradients: Gradients) -> None:
+    if any(gradient.is_sparse for _, gradient in gradients):
+        raise ValueError(
+            "sparse gradients cannot be averaged over processes in one tensor; use Embedding(sparse=False), or one "
+            "process"
+        )
+    if not core.objective.per_sample:
+        raise ValueError(
+            f"{type(core.objective).__name__} divides a sample's signal by the size of its batch, so that several "
+            "processes would move codes further than one; use AltMinObjective, or one process"
+        )

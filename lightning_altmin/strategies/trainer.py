@@ -1,0 +1,53 @@
+"""Which processes a Trainer's strategy makes of a run, and which strategies cannot work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+
+from lightning_altmin.processes import Processes
+from lightning_altmin.strategies.data_parallel import DataParallel
+
+_WHOLE = "the closed forms of a layer's local problem read and write its parameters whole, outside the layer's forward"
+_REASONS: dict[type[Any], str] = {
+    FSDPStrategy: f"FSDP flattens parameters and shards them by backward hooks that never run here: {_WHOLE}",
+    DeepSpeedStrategy: "DeepSpeed owns the backward pass and the optimizer step, and there is no backward pass here",
+    ModelParallelStrategy: f"fully_shard leaves each process a slice of every parameter outside forward, but {_WHOLE}",
+}
+_ADVICE = "use strategy='ddp', which averages the local gradients"
+
+
+def processes_of(trainer: Trainer) -> Processes:
+    """The processes of a run, its group being set up."""
+    return DataParallel() if trainer.world_size > 1 else Processes()
+
+
+def refuse_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that cannot work, before they have touched the model.
+
+    Raises:
+        MisconfigurationException: Naming the strategy, the reason and what to use.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    for kind, reason in _REASONS.items():
+        if isinstance(strategy, kind):
+            raise MisconfigurationException(f"strategy {name} cannot train an AltMinModule: {reason}; {_ADVICE}")
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise MisconfigurationException(
+            f"strategy {name} is not known to AltMinModule, which has to average local gradients itself; {_ADVICE}"
+        )
+    if strategy.__dict__.get("_layer_sync") is not None and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "Trainer(sync_batchnorm=True) would put other modules in the place of those that the layers' closed forms "
+            "know; leave it out: running statistics are averaged over processes in any case"
+        )

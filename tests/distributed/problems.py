@@ -1,0 +1,55 @@
+"""Networks, batches and models that the tests train on one process and on several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = 3
+
+
+def mlp() -> nn.Sequential:
+    """Two hidden layers over six features."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, CLASSES))
+
+
+def conv() -> nn.Sequential:
+    """A convolution with pooling, and two linear layers, over 1x6x6 images."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 8), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(8, CLASSES))
+
+
+NETWORKS = {"mlp": (mlp, (6,)), "conv": (conv, (1, 6, 6))}
+
+
+def batches(shape: tuple[int, ...], size: int, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Batches of inputs and labels, the same on every process."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, *shape, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(CLASSES, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def part(batch: tuple[Tensor, Tensor], sizes: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
+    """The samples of a batch that a process sees."""
+    x, y = batch
+    return x.split(sizes)[rank], y.split(sizes)[rank]
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=0.002)
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+OPTIMIZERS = {"adam": adam, "sgd": sgd}
