@@ -86,7 +86,7 @@ def test_raise_counts_batches_over_epochs_and_resumes(tmp_path: Path) -> None:
 def test_skip_is_training_without_the_bad_batches(
     deferred_guard: bool, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a skipped batch that moves weights by momentum or decay, stops the steps being counted, or is not told."""
+    """Catches a skipped batch that moves weights by momentum, stops the steps being counted, or is not told of."""
     if deferred_guard:
         request.getfixturevalue("deferred")
     settings: Any = {"codes": GradientCodes(), "weights": LocalGradient(momentum), "nonfinite": "skip"}
