@@ -130,7 +130,7 @@ class Guard(ABC):
         """The error that names a bad batch."""
         return NonFiniteError(
             f"batch {batch} (counted from 0 since training began) is bad: NaN or inf in its data, labels out of range, "
-            "or an update that diverged. Nothing was changed by it. Look at that batch, lower the learning rates or "
+            "or an update that diverged. Its update was not made. Look at that batch, lower the learning rates or "
             "raise mu; nonfinite='skip' leaves such batches out."
         )
 
@@ -235,7 +235,8 @@ class DeferredGuard(Guard):
 
     def check(self) -> None:
         if self.policy == "raise" and self._first is not None and (first := int(self._first)) >= 0:
-            self._bad = self._count = self._first = None  # reported; whoever catches the error may go on
+            # Reported; whoever catches the error may go on, and count batches from 0 again.
+            self._bad = self._count = self._first = self._batch = self._batch_bad = None
             raise self.error(first)
 
     @property

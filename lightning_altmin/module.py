@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -100,10 +101,16 @@ class AltMinModule(SupervisedModule):
                 f"accumulate_batches={accumulate_batches} needs one weight step per batch, weights.steps is "
                 f"{self.core.weights.steps}"
             )
+        if accumulate_batches > 1 and isinstance(compile, str):
+            raise ValueError(
+                f"accumulate_batches={accumulate_batches} needs compile=True or False, got compile={compile!r}: a CUDA "
+                "graph would overwrite the gradients that are being accumulated"
+            )
         self.skips_nonfinite = nonfinite == "skip"
         self._check_clip(gradient_clip_norm)
-        self._clip = gradient_clip_norm
+        self.gradient_clip_norm = gradient_clip_norm
         self.accumulate_batches = accumulate_batches
+        self._skipped_before = 0  # bad batches of earlier epochs
         self._pending = 0  # batches since the last optimizer step
         self._admitted = 0  # how many of them were good
         self._saved_pending: dict[str, Any] | None = None
@@ -166,8 +173,8 @@ class AltMinModule(SupervisedModule):
         if self._admitted > 1:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(gradients, self._admitted)
-        if self._clip is not None:
-            clip_per_group(optimizer, self._clip)
+        if self.gradient_clip_norm is not None:
+            clip_per_group(optimizer, self.gradient_clip_norm)
         with self.core.guard.protect(optimizer), equal_groups_merged(optimizer), without_loss_scaling(self.trainer):
             step()
         optimizer.zero_grad()
@@ -238,6 +245,12 @@ class AltMinModule(SupervisedModule):
     def on_train_epoch_end(self) -> None:
         """Report bad batches; step a schedule that watches a value of the epoch."""
         self.core.guard.check()
+        if (skipped := self.core.guard.skipped) > self._skipped_before:
+            rank_zero_info(
+                f"epoch {self.current_epoch}: {skipped - self._skipped_before} bad batches were left out (NaN or inf "
+                "in the data, or updates that diverged)"
+            )
+            self._skipped_before = skipped
         super().on_train_epoch_end()
 
     def on_validation_model_zero_grad(self) -> None:

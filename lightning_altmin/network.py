@@ -198,7 +198,8 @@ class CodedNetwork:
             "stages cannot be found by name; pass an nn.Sequential or a list of blocks instead"
         )
         try:
-            with self._evaluating(), torch.no_grad():
+            # In full precision: the two may round at different places.
+            with self._evaluating(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 output = self.encode(x).output
                 expected = self.network(x)
         except ValueError as error:
@@ -245,6 +246,11 @@ class CodedNetwork:
         return leaves + list(_flatten(classifier, "classifier"))
 
     def _refuse_unusable(self) -> None:
+        if isinstance(self.network, nn.Sequential) and type(self.network).forward is not nn.Sequential.forward:
+            raise ValueError(
+                f"{type(self.network).__name__} has a forward of its own, so its parts cannot be taken for stages; "
+                "pass a plain nn.Sequential, or a list of blocks"
+            )
         if self.depth < 1:
             raise ValueError(
                 "network has no hidden layer, so there is no code to optimise; add one, or train it with "

@@ -150,7 +150,8 @@ class SupervisedModule(ExactResume):
         if self.skips_nonfinite:
             counted = value.isfinite()
             value = value.where(counted, 0.0)
-        self._loss_sum = value if self._loss_sum is None else self._loss_sum + value
+        # A copy: a CUDA graph writes the next batch's loss to the same place.
+        self._loss_sum = value.clone() if self._loss_sum is None else self._loss_sum + value
         self._loss_count = self._loss_count + counted
         if self.at_log_point:
             self.log("train_loss", self._loss_sum / self._loss_count, prog_bar=True, batch_size=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.module import AltMinModule
@@ -36,3 +36,16 @@ def altmin_module(module: LightningModule, callback: Callback) -> AltMinModule:
             "the callback, or train with AltMinModule"
         )
     return module
+
+
+def refuse_several_processes(trainer: Trainer, callback: Callback) -> None:
+    """For a callback that works with the batches of its own process.
+
+    Raises:
+        MisconfigurationException: If there are others.
+    """
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} sees the batches of one process, got {trainer.world_size} processes, whose "
+            "updates come from all of them: remove the callback, or use Trainer(devices=1)"
+        )

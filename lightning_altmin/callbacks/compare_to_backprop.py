@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.callbacks.altmin_access import altmin_module
+from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_several_processes
 from lightning_altmin.callbacks.layer_watch import LayerWatch
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.random_state import random_state, set_random_state
@@ -45,7 +45,8 @@ class CompareToBackprop(LayerWatch):
         self._values: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the module."""
+        """Check the module and the Trainer."""
+        refuse_several_processes(trainer, self)
         if stage == "fit" and altmin_module(pl_module, self).accumulate_batches > 1:
             raise MisconfigurationException(
                 "CompareToBackprop compares the gradients of one batch, but accumulate_batches mixes those of several; "

@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_altmin.baselines import BackpropModule
-from lightning_altmin.callbacks.altmin_access import altmin_module
+from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_several_processes
 from lightning_altmin.callbacks.training_clock import TrainingClock
 from lightning_altmin.module import AltMinModule
+from lightning_altmin.network import CodedNetwork
 from lightning_altmin.random_state import random_state, set_random_state
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam
 
@@ -64,6 +65,7 @@ class CompareWithTwin(Callback):
         """Check that a comparison will be possible, before anything is trained."""
         if stage != "fit":
             return
+        refuse_several_processes(trainer, self)
         altmin_module(pl_module, self)
         data = _data_module(trainer)
         if data is None or not is_overridden("test_dataloader", data, LightningDataModule):
@@ -188,6 +190,15 @@ class _Twin(BackpropModule):
             original._lr_monitor,
         )
         self._unpack = original.unpack
+        self._clip = original.gradient_clip_norm
+        self._layers = {stage.name: list(stage.parameters()) for stage in CodedNetwork(network).stages}
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """As the compared module clips, layer by layer."""
+        for name, parameters in self._layers.items():
+            bound = self._clip.get(name) if isinstance(self._clip, dict) else self._clip
+            if bound is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, bound)
 
     def unpack(self, batch: Any) -> tuple[Tensor, Any]:
         return self._unpack(batch)

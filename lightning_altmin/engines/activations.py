@@ -46,6 +46,8 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[Value, Slope]] = {
     ),
 }
 
+_KINKED = (nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.ELU)
+
 
 @closed_form(*_ACTIVATIONS)
 class ActivationRule(Rule):
@@ -61,8 +63,11 @@ class ActivationRule(Rule):
             change = -base.x
             return torch.maximum(difference, change, out=change).add_(base.x.clamp_max(0))
         # Where the two meet, both are exact to rounding: the slope's error is of second order.
-        small = difference.abs() < torch.finfo(difference.dtype).eps ** 0.5
-        return selected(small, self.input_gradient(difference, base), here.y - base.y)
+        root = torch.finfo(difference.dtype).eps ** 0.5
+        small, along = difference.abs() < root, self.input_gradient(difference, base)
+        if type(self.module) in _KINKED:  # where a kink lies between the two, the slope says nothing
+            small &= (self.input_gradient(difference, here) - along).abs() <= 4 * root * difference.abs()
+        return selected(small, along, here.y - base.y)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         _, slope = _ACTIVATIONS[type(self.module)]

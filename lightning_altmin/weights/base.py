@@ -138,7 +138,7 @@ class WeightProblem:
 class WeightSolver(nn.Module, ABC):
     """Solves the stages' local problems, through gradients and one optimizer.
 
-    Subclass and write two methods: `optimizer`, called once, and `gradients`, called per stage and batch. A solver
+    Subclass and write two methods: `optimizer`, and `gradients`, called per stage and batch. A solver
     that knows the new weights W* outright returns ``W - W*`` and makes an optimizer whose step is ``W -= grad``.
 
     Attributes:
@@ -169,6 +169,8 @@ class WeightSolver(nn.Module, ABC):
     @abstractmethod
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
         """One optimizer over the trainable parameters of all stages, with a named parameter group per stage.
+
+        May be called more than once; the model uses the optimizer made last.
 
         Raises:
             ValueError: If a setting names a stage that does not exist.

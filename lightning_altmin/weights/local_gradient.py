@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -31,7 +32,7 @@ class LocalGradient(WeightSolver):
     """Every stage takes gradient steps on its own problem with its own optimizer state (arXiv 1806.09077).
 
     Args:
-        optimizer: Factory of the optimizer, called once with one named parameter group per stage; or a dictionary
+        optimizer: Factory of the optimizer, called with one named parameter group per stage; or a dictionary
             from stage names (see ``CodedNetwork.explain``) to factories, with the key ``"default"`` for the rest.
         steps: Weight steps per batch, >= 1.
         inputs: ``"moved"`` (the paper) reads the codes after the code step. ``"forward"`` reads the forward codes;
@@ -64,7 +65,9 @@ class LocalGradient(WeightSolver):
     def with_layers(self, factories: Mapping[str, OptimizerFactory]) -> LocalGradient:
         """The same solver with other optimizers for the named layers."""
         base = self._factory if isinstance(self._factory, Mapping) else {DEFAULT: self._factory}
-        return LocalGradient({**base, **factories}, self.steps, self.inputs)
+        other = copy.copy(self)  # of a subclass, too
+        other._factory = {**base, **factories}
+        return other
 
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
         groups = [{"params": params, "name": s.name} for s in stages if (params := trainable(s))]

@@ -41,6 +41,8 @@ def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSche
         ({"lr_scheduler": halving, "lr_interval": "step", "lr_frequency": 2}, {"max_epochs": 3}),
         ({"lr_scheduler": halving}, {"max_epochs": 3, "check_val_every_n_epoch": 2}),
         ({"accumulate_batches": 2}, {}),
+        ({"gradient_clip_norm": 0.05}, {}),
+        ({"gradient_clip_norm": {"0": 0.03}}, {}),
         ({}, {"max_steps": 8, "max_epochs": 9}),
         ({}, {"limit_train_batches": 3, "limit_val_batches": 0}),
         ({}, {"num_sanity_val_steps": 2}),

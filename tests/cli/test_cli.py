@@ -125,7 +125,7 @@ def test_checkpoint_keeps_every_setting(tmp_path: Path) -> None:
     assert isinstance(model.core.codes, GradientCodes)
     assert model.core.codes.steps == 3
     assert model.core.loss.label_smoothing == 0.125
-    assert model._clip == 2.5
+    assert model.gradient_clip_norm == 2.5
     assert model.core.guard.policy == "skip"
 
 

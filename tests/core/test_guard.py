@@ -135,6 +135,21 @@ def test_raising_changes_nothing_and_names_the_first_bad_batch(name: str, guard_
         assert_bit_equal(snapshot(core), before)
 
 
+def test_a_run_that_begins_anew_after_the_error_trains(guard_type: type[Guard]) -> None:
+    """Catches a verdict on batch 0 that the next batch 0 inherits: nothing would be trained, and nothing reported."""
+    core = make("raise", lambda p: SGD(p, lr=0.1))
+    x, y = batches(1)[0]
+    with pytest.raises(NonFiniteError, match="batch 0 "):  # noqa: PT012
+        core.step(spoilt(x, float("nan")), y)
+        core.guard.check()
+    core.batches_seen = 0  # as the Trainer's next fit does
+    before = snapshot(core)
+    core.step(x, y)
+    core.guard.check()
+    with pytest.raises(AssertionError):
+        assert_bit_equal(snapshot(core), before)
+
+
 def test_a_diverging_update_is_caught_before_it_spreads(guard_type: type[Guard]) -> None:
     """Catches weights driven to inf by a huge rate: the batch that would do so is refused, weights stay finite."""
     core = make("raise", lambda p: SGD(p, lr=1e30))

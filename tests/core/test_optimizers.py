@@ -229,3 +229,20 @@ def test_clipping_by_name_leaves_other_groups_alone() -> None:
     assert isinstance(a.grad, Tensor)
     assert a.grad.tolist() == [3.0, 4.0]
     torch.testing.assert_close(b.grad, torch.tensor([0.6, 0.8]))
+
+
+def test_layers_of_their_own_keep_the_solvers_class() -> None:
+    """Catches a subclass of LocalGradient that turns into a plain one when a module names layers' optimizers."""
+
+    class Reversed(LocalGradient):
+        def gradients(self, problem: Any) -> Any:
+            return [(p, -g) for p, g in super().gradients(problem)]
+
+    solver = Reversed(lambda p: SGD(p, lr=0.1))
+    other = solver.with_layers({"0": lambda p: SGD(p, lr=0.5)})
+    assert type(other) is Reversed
+    module = network(5, 7, 6, 4)
+    assert [g["lr"] for g in other.optimizer(AltMin(module, nn.CrossEntropyLoss()).coded.stages).param_groups] == [
+        0.5, 0.1, 0.1,
+    ]  # fmt: skip
+    assert isinstance(solver.optimizer(AltMin(module, nn.CrossEntropyLoss()).coded.stages), SGD)  # and is as it was

@@ -204,3 +204,24 @@ def test_average_pool_by_hand(kind: str) -> None:
         assert output.tolist() == [[[[2.5, 2.0]]]]
         gradient = engine.fixed(x, state).input_gradient(torch.tensor([[[[4.0, 8.0]]]], dtype=torch.float64))
         assert gradient.tolist() == [[[[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]]
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize(
+    ("activation", "x", "move", "change"),
+    [
+        (nn.LeakyReLU(0.01), 5e-9, -1e-8, -5e-9 - 5e-11),
+        (nn.LeakyReLU(0.01), -5e-9, 1e-8, 5e-9 + 5e-11),
+        (nn.ELU(2.0), 5e-9, -1e-8, -5e-9 - 2 * 5e-9),
+        (nn.Hardtanh(), 1 - 5e-9, 1e-8, 5e-9),
+        (nn.ReLU6(), -4e-9, 1e-8, 6e-9),
+        (nn.ReLU(), 4e-9, -1e-8, -4e-9),
+    ],
+)
+def test_tiny_moves_across_a_kink(activation: nn.Module, x: float, move: float, change: float, kind: str) -> None:
+    """Catches a change taken for slope times move where the slope is another one on the way."""
+    engine = stage_engine([activation], kind)
+    base, moved = (torch.tensor([[value]], dtype=torch.float64) for value in (x, x + move))
+    output, state = engine.encode(base)
+    found = engine.fixed(moved, state).change(base, output, moved - base)
+    torch.testing.assert_close(found, torch.tensor([[change]], dtype=torch.float64), rtol=1e-6, atol=3e-16)

@@ -83,14 +83,18 @@ def test_raise_counts_batches_over_epochs_and_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deferred_guard", [False, True])
-def test_skip_is_training_without_the_bad_batches(deferred_guard: bool, request: pytest.FixtureRequest) -> None:
-    """Catches a skipped batch that moves weights by momentum or decay, or that stops the steps being counted."""
+def test_skip_is_training_without_the_bad_batches(
+    deferred_guard: bool, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a skipped batch that moves weights by momentum, stops the steps being counted, or is not told of."""
     if deferred_guard:
         request.getfixturevalue("deferred")
     settings: Any = {"codes": GradientCodes(), "weights": LocalGradient(momentum), "nonfinite": "skip"}
     module = AltMinModule(network(norm=True), **settings)
     fit = trainer(max_epochs=2)
-    fit.fit(module, data((1, 4)))
+    with caplog.at_level("INFO"):
+        fit.fit(module, data((1, 4)))
+    assert "epoch 1: 2 bad batches were left out" in caplog.text
     plain = AltMin(network(norm=True), torch.nn.CrossEntropyLoss(), **settings)
     for _ in range(2):
         for index, (x, y) in enumerate(data(())):
