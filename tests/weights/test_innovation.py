@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -73,7 +74,9 @@ class Oracle:
 
     def train(self, x: Tensor, y: Tensor, measures: bool) -> None:
         inputs: dict[Any, Tensor] = {}
-        hooks = [m.register_forward_pre_hook(lambda m, a: inputs.update({m: a[0].detach()})) for m in layers(self.network)]
+        hooks = [
+            m.register_forward_pre_hook(lambda m, a: inputs.update({m: a[0].detach()})) for m in layers(self.network)
+        ]
         functional.cross_entropy(self.network(x), y).backward()
         for hook in hooks:
             hook.remove()
@@ -222,7 +225,9 @@ def test_a_bad_batch_leaves_no_trace(memory: dict[str, Any], policy: Any) -> Non
         torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("memory", [{}, {"every": 3}, {"rank": 2}, {"form": "solve"}, {"form": "solve", "solver": "bcd"}])
+@pytest.mark.parametrize(
+    "memory", [{}, {"every": 3}, {"rank": 2}, {"form": "solve"}, {"form": "solve", "solver": "bcd"}]
+)
 def test_saved_and_loaded_it_goes_on_bit_for_bit(memory: dict[str, Any]) -> None:
     """Catches state outside the buffers: the inverse, the number of batches, what is measured next."""
     data = [batch(mlp()) for _ in range(12)]
@@ -245,6 +250,24 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(memory: dict[str, Any]) -> None
         resumed.step(x, y)
     for name, value in straight.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory", [{}, {"rank": 2}, {"form": "solve", "every": 2}])
+def test_copies_go_their_own_way(memory: dict[str, Any]) -> None:
+    """Catches a copy (deepcopy or pickle) that still measures into, or trains, the model it was made from."""
+    core = AltMin(mlp(), nn.CrossEntropyLoss(), weights=CoactivationMemory(**memory))
+    core.step(*batch(core.network))
+    before = copy.deepcopy(core.state_dict())
+    data = [batch(core.network) for _ in range(3)]
+    copies = [copy.deepcopy(core), pickle.loads(pickle.dumps(core))]
+    for each in copies:
+        for x, y in data:
+            each.step(x, y)
+    torch.testing.assert_close(core.state_dict(), before, rtol=0, atol=0)
+    for x, y in data:
+        core.step(x, y)
+    for each in copies:
+        torch.testing.assert_close(each.state_dict(), core.state_dict(), rtol=0, atol=0)
 
 
 def test_solvers_per_layer() -> None:
@@ -321,8 +344,20 @@ def test_layers_it_cannot_serve_are_refused() -> None:
     with pytest.raises(ValueError, match="stage '0' has Embedding"):
         AltMin(embedded, nn.CrossEntropyLoss(), weights=CoactivationMemory())
     AltMin(
-        embedded, nn.CrossEntropyLoss(), weights=LayerwiseWeights({"0": LocalGradient(), "default": CoactivationMemory()})
+        embedded,
+        nn.CrossEntropyLoss(),
+        weights=LayerwiseWeights({"0": LocalGradient(), "default": CoactivationMemory()}),
     )  # the way out that the message names
+
+
+@pytest.mark.parametrize("memory", [{}, {"form": "solve"}])
+def test_verify_leaves_the_memory_alone(memory: dict[str, Any]) -> None:
+    """Catches a check of the engines that counts its batch."""
+    core = AltMin(mlp(), nn.CrossEntropyLoss(), weights=CoactivationMemory(**memory))
+    core.step(*batch(core.network))
+    before = copy.deepcopy(core.state_dict())
+    core.verify(*batch(core.network))
+    torch.testing.assert_close(core.state_dict(), before, rtol=0, atol=0)
 
 
 def test_other_misuse_is_refused() -> None:

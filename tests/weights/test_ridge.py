@@ -26,7 +26,9 @@ def test_equals_the_batch_ridge_solution(ridge: float) -> None:
     """Catches a ridge that is not relative to mean(diag A), and one that is scaled with the equilibration."""
     a, c = rows(300, 20, 4)
     a = a * torch.logspace(-2, 2, 20, dtype=torch.float64)  # inputs of unlike size: a scaled ridge would be another
-    torch.testing.assert_close(ridge_solution(a.t() @ a, c.t() @ a, ridge), batch_ridge(a, c, ridge), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        ridge_solution(a.t() @ a, c.t() @ a, ridge), batch_ridge(a, c, ridge), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_equilibration_keeps_digits() -> None:

@@ -170,7 +170,9 @@ def test_regression_is_fitted_to_its_targets() -> None:
 def test_ignored_labels_are_left_out() -> None:
     """Catches samples of no class that count as one of class 0, or whose appended one counts."""
     network = random_features()
-    core = AltMin(network, nn.CrossEntropyLoss(ignore_index=7), weights=CoactivationMemory("solve", ridge=RIDGE, every=1))
+    core = AltMin(
+        network, nn.CrossEntropyLoss(ignore_index=7), weights=CoactivationMemory("solve", ridge=RIDGE, every=1)
+    )
     x, y = torch.randn(30, 5, dtype=torch.float64), torch.randint(3, (30,))
     y[::4] = 7
     core.step(x, y)

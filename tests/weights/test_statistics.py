@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
