@@ -2,10 +2,10 @@
 
     python examples/benchmarks/memory_time.py --json docs/results/memory_time.json
 
-The methods train the same network on batches of the same shape through the raw core, with the default code solver. Runs
-alternate; a ratio is the median over rounds of a method's time divided by AM-Adam's in the same round, with the smallest
-and the largest. Every run covers whole cycles of `every` batches, so measurements and inversions are in it at their due
-share; the first batches, which measure more often, are not.
+The methods train the same network on batches of the same shape through the raw core, with the default code solver.
+Runs alternate; a ratio is the median over rounds of a method's time divided by AM-Adam's in the same round, with the
+smallest and the largest. Every run covers whole cycles of `every` batches, so measurements and inversions are in it
+at their due share; the first batches, which measure more often, are not.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def runner(net: str, method: Callable[[], WeightSolver]) -> Callable[[], float]:
 def compare(net: str, rounds: int) -> list[dict[str, Any]]:
     runners = {name: runner(net, method) for name, method in METHODS.items()}
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for name, run in runners.items():
+    for run in runners.values():
         run()
     for _ in range(rounds):
         for name, run in runners.items():
@@ -78,8 +78,8 @@ def compare(net: str, rounds: int) -> list[dict[str, Any]]:
                 "ratio_range": [min(ratios), max(ratios)],
             }
         )
-        print(f"| {net} | {name} | {rows[-1]['ms']:.2f} | {rows[-1]['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |",
-              flush=True)  # fmt: skip
+        spread = f"{rows[-1]['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {net} | {name} | {rows[-1]['ms']:.2f} | {spread} |", flush=True)
     return rows
 
 

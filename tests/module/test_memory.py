@@ -27,7 +27,9 @@ SOLVERS: dict[str, Any] = {
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_resumes_bit_for_bit(solver: str, epoch: int, tmp_path: Path) -> None:
-    """An epoch has five batches, so the cycles of measurements go on across its end. Catches statistics, an inverse or a place in the cycle of measurements that a checkpoint does not hold."""
+    """Catches statistics, an inverse or a place in the cycle of measurements that a checkpoint does not hold: an epoch
+    has five batches, so the cycles go on across its end.
+    """
 
     def make() -> AltMinModule:
         return AltMinModule(network(0.3, norm=True), weights=SOLVERS[solver]())
@@ -40,9 +42,8 @@ def test_layers_have_named_groups() -> None:
     """Catches groups of one name, which learning-rate monitors refuse, in a network with BatchNorm behind a layer."""
     record = Record()
     module = AltMinModule(network(norm=True), weights=CoactivationMemory(step=0.5))
-    trainer(max_epochs=1, logger=record, callbacks=[LearningRateMonitor("step")], log_every_n_steps=1).fit(
-        module, loader()
-    )
+    watch = LearningRateMonitor("step")
+    trainer(max_epochs=1, logger=record, callbacks=[watch], log_every_n_steps=1).fit(module, loader())
     names = {group["name"] for group in module.optimizers().param_groups}
     assert names == {"0", "0 (rest)", "3", "5"}
 
@@ -55,6 +56,5 @@ def test_statistics_follow_the_module() -> None:
     held = [name for name in module.state_dict() if name.startswith("core.weights.")]
     assert len(held) == 3 * 3  # A, the rows and the inverse of three layers
     assert isinstance(module.network, nn.Sequential)
-    assert (
-        module.to(torch.float64).core.weights.state_dict()[held[0].removeprefix("core.weights.")].dtype == torch.float64
-    )
+    module.to(torch.float64)
+    assert all(module.state_dict()[name].dtype == torch.float64 for name in held)
