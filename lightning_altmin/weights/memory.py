@@ -205,6 +205,20 @@ class CoactivationMemory(WeightSolver):
         self.synchronize()  # the statistics are children, and saved after this
         super()._save_to_state_dict(*arguments, **keywords)
 
+    def forget(self, factor: float = 0.0) -> None:
+        """Let all that has been seen so far count ``factor`` times as much: at the end of a task, say.
+
+        Args:
+            factor: In [0, 1]; 0 forgets it all, so that each task has a memory of its own.
+
+        Raises:
+            ValueError: If ``factor`` is out of its range.
+        """
+        if not 0 <= factor <= 1:
+            raise ValueError(f"factor must lie in [0, 1], got {factor}")
+        for memory in self._memories.values():
+            memory.statistics.discount(factor)
+
     @torch.no_grad()
     def solve(self) -> None:
         """Set the weights of all layers to what their statistics ask for now: at the end of a stream, say.

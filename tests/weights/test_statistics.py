@@ -182,6 +182,18 @@ def test_low_rank_is_exact_where_it_can_be(rank: int) -> None:
     torch.testing.assert_close(low.trace / low.rows, A.trace(), rtol=1e-12, atol=0)
 
 
+def test_low_rank_forgets_in_proportion() -> None:
+    """Catches a discount that misses a part: the inverse is that of a mean, which no factor changes."""
+    low = LowRankStatistics(LeastSquaresLayer(nn.Linear(10, 3).double()), 4, torch.float64)
+    low.add(torch.randn(50, 10, dtype=torch.float64), None, None, 1.0)
+    matrix, results = torch.randn(2, 11, dtype=torch.float64), []
+    for factor in (1.0, 0.3):
+        low.discount(factor)
+        low.renew(1.0)
+        results.append(low.preconditioned(matrix))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_low_rank_refuses_several_processes() -> None:
     """Catches directions of one process used as if they were those of all."""
     low = LowRankStatistics(LeastSquaresLayer(nn.Linear(10, 3)), 4, torch.float32)
