@@ -58,8 +58,8 @@ def runner(net: str, method: Callable[[], WeightSolver]) -> Callable[[], float]:
     return run
 
 
-def compare(net: str, rounds: int) -> list[dict[str, Any]]:
-    runners = {name: runner(net, method) for name, method in METHODS.items()}
+def compare(net: str, rounds: int, methods: list[str]) -> list[dict[str, Any]]:
+    runners = {name: runner(net, METHODS[name]) for name in ("AM-Adam", *methods)}
     times: dict[str, list[float]] = {name: [] for name in runners}
     for run in runners.values():
         run()
@@ -87,17 +87,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows and the machine to this file")
     parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=list(NETS))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print("| network | method | ms per step | times AM-Adam's |\n| --- | --- | --- | --- |")
-    rows = [row for net in arguments.nets for row in compare(net, arguments.rounds)]
-    if arguments.json:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"threads": arguments.threads, "rounds": arguments.rounds}
-        arguments.json.write_text(json.dumps({"machine": machine, **settings, "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for net in arguments.nets:
+        rows += compare(net, arguments.rounds, arguments.methods)
+        if arguments.json:
+            machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            settings = {"threads": arguments.threads, "rounds": arguments.rounds}
+            arguments.json.write_text(json.dumps({"machine": machine, **settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
