@@ -84,6 +84,12 @@ class LayerStatistics(nn.Module):
         if B is not None:
             self.B = B
 
+    def discount(self, factor: float) -> None:
+        """Let all that has been seen so far count ``factor`` times as much."""
+        self.A, self.rows = self.A * factor, self.rows * factor
+        if self.B is not None:
+            self.B = self.B * factor
+
     def mean(self) -> Tensor:
         """The mean of ``a a^T``, corrected for the bias of a moving average that began at zero."""
         return self.A / self.rows.clamp_min(1e-30)

@@ -76,6 +76,10 @@ class LowRankStatistics(nn.Module):
             product = product + (rows.t() @ (rows @ matrix.to(rows.dtype))).to(product.dtype)
         return product
 
+    def discount(self, factor: float) -> None:
+        """Let all that has been seen so far count ``factor`` times as much."""
+        self.values, self.trace, self.rows = self.values * factor, self.trace * factor, self.rows * factor
+
     def renew(self, ridge: float) -> None:
         """Compute the damped inverse of the mean of ``a a^T``; ``ridge`` is relative to the mean of its diagonal."""
         rows, (inputs, rank) = self.rows.clamp_min(1e-30), self.directions.shape

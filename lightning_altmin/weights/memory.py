@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,6 @@ class CoactivationMemory(WeightSolver):
         self._pending: list[tuple[Memory, Tensor | None]] = []
         self._batch: int | None = None
         self._measured = self._renews = False
-        self.register_state_dict_pre_hook(lambda *_: self.synchronize())  # type: ignore[no-untyped-call]
 
     # ---------------------------------------------------------------- what the algorithm asks for
 
@@ -201,6 +200,24 @@ class CoactivationMemory(WeightSolver):
         """Sum the statistics over processes, if they hold shares; all of them must call it, before a save for one."""
         kept = [memory.statistics for memory in self._memories.values()]
         sum_over_ranks([each for each in kept if isinstance(each, LayerStatistics)])
+
+    def _save_to_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.synchronize()  # the statistics are children, and saved after this
+        super()._save_to_state_dict(*arguments, **keywords)
+
+    def forget(self, factor: float = 0.0) -> None:
+        """Let all that has been seen so far count ``factor`` times as much: at the end of a task, say.
+
+        Args:
+            factor: In [0, 1]; 0 forgets it all, so that each task has a memory of its own.
+
+        Raises:
+            ValueError: If ``factor`` is out of its range.
+        """
+        if not 0 <= factor <= 1:
+            raise ValueError(f"factor must lie in [0, 1], got {factor}")
+        for memory in self._memories.values():
+            memory.statistics.discount(factor)
 
     @torch.no_grad()
     def solve(self) -> None:

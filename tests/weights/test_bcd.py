@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_surrogate_never_rises(seed: int, inputs: int, rows: int, lambda_w: floa
         W = bcd(W, A, B, lambda_w, bias=bias)
         values.append(surrogate(W, A, B, lambda_w, bias))
     slack = 1e-9 * (1 + abs(values[0]))
-    assert all(after <= before + slack for before, after in zip(values, values[1:], strict=False))
+    assert all(after <= before + slack for before, after in itertools.pairwise(values))
 
 
 def test_converges_to_the_least_squares_solution() -> None:

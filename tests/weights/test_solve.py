@@ -221,3 +221,20 @@ def test_what_cannot_be_solved_is_refused() -> None:
     core = AltMin(network, lambda output, y: output.logsumexp(1).mean(), weights=CoactivationMemory("solve"))
     with pytest.raises(ValueError, match="fits the output layer to class labels"):
         core.step(torch.randn(4, 5, dtype=torch.float64), torch.randint(3, (4,)))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25])
+def test_a_task_can_be_forgotten(factor: float) -> None:
+    """Catches a discount of A without B: samples before the switch count as much as their factor, in the solution."""
+    network = random_features()
+    memory = CoactivationMemory("solve", ridge=RIDGE, every=1)
+    core = AltMin(network, nn.MSELoss(), weights=memory)
+    x, y = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 3, dtype=torch.float64)
+    core.step(x[:30], y[:30])
+    memory.forget(factor)
+    core.step(x[30:], y[30:])
+    a = torch.cat([network[:2](x), torch.ones(60, 1, dtype=x.dtype)], 1)
+    share = torch.cat([torch.full((30, 1), factor**0.5), torch.ones(30, 1)]).double()  # least squares squares it
+    assert_layer(network[2], ridge_over(a * share, y * share, RIDGE, bias=False))
+    with pytest.raises(ValueError, match=r"factor must lie in \[0, 1\], got 2"):
+        memory.forget(2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
@@ -180,6 +180,18 @@ def test_low_rank_is_exact_where_it_can_be(rank: int) -> None:
     matrix = torch.randn(3, 10, dtype=torch.float64)
     torch.testing.assert_close(low.preconditioned(matrix), matrix @ torch.linalg.inv(damped), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(low.trace / low.rows, A.trace(), rtol=1e-12, atol=0)
+
+
+def test_low_rank_forgets_in_proportion() -> None:
+    """Catches a discount that misses a part: the inverse is that of a mean, which no factor changes."""
+    low = LowRankStatistics(LeastSquaresLayer(nn.Linear(10, 3).double()), 4, torch.float64)
+    low.add(torch.randn(50, 10, dtype=torch.float64), None, None, 1.0)
+    matrix, results = torch.randn(2, 11, dtype=torch.float64), []
+    for factor in (1.0, 0.3):
+        low.discount(factor)
+        low.renew(1.0)
+        results.append(low.preconditioned(matrix))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_low_rank_refuses_several_processes() -> None:
