@@ -83,7 +83,8 @@ class DataParallel(Processes):
         for buffer, mean in zip(running, by_samples[len(own) :], strict=True):
             buffer.copy_(mean)
         if first:
-            core.codes.learn(sums[: len(by_codes)])
+            if step._measures:
+                core.codes.learn(sums[: len(by_codes)])
             core.weights.learn(sums[len(by_codes) : -1])
             step.loss = by_loss[-1]
         parameters = [p for p, _ in (*own, *last)]
