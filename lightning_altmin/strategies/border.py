@@ -7,10 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 _DIMENSIONS = 7  # a header holds at most as many
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 
 
 class Border:
-    """Sends and receives tensors; their shapes travel ahead of them.
+    """Sends and receives tensors; their types and shapes travel ahead of them.
 
     Args:
         neighbour: Rank in the group of the process on the other side.
@@ -25,17 +26,17 @@ class Border:
     def send(self, tensor: Tensor) -> None:
         """Send without waiting; the tensor must not be changed before `flush`."""
         tensor = tensor.contiguous()
-        shape = [tensor.dim(), *tensor.shape]
-        header = torch.tensor(shape + [0] * (_DIMENSIONS + 1 - len(shape)), device=tensor.device)
+        shape = [_TYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
+        header = torch.tensor(shape + [0] * (_DIMENSIONS + 2 - len(shape)), device=tensor.device)
         for part in (header, tensor) if tensor.numel() else (header,):
             self._under_way.append((dist.isend(part, self._peer, group=self._group), part))
 
-    def receive(self, like: Tensor) -> Tensor:
-        """Wait for the next tensor, of the type and on the device of ``like``."""
-        header = torch.empty(_DIMENSIONS + 1, dtype=torch.long, device=like.device)
+    def receive(self, device: torch.device) -> Tensor:
+        """Wait for the next tensor."""
+        header = torch.empty(_DIMENSIONS + 2, dtype=torch.long, device=device)
         dist.recv(header, self._peer, group=self._group)
-        dimensions, *shape = header.tolist()
-        tensor = torch.empty(shape[:dimensions], dtype=like.dtype, device=like.device)
+        kind, dimensions, *shape = header.tolist()
+        tensor = torch.empty(shape[:dimensions], dtype=_TYPES[kind], device=device)
         if tensor.numel():
             dist.recv(tensor, self._peer, group=self._group)
         return tensor

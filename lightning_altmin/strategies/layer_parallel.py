@@ -120,7 +120,7 @@ class LayerParallel:
         loss = x.new_zeros(())
         if self._above is None:
             means = [core.local_loss.mean(part.outputs[-1], part.y) for part in parts]
-            loss = _sum([mean * weight for mean, weight in zip(means, weights, strict=True)]) / sum(weights)
+            loss = _sum([_share(m, w / sum(weights)) for m, w in zip(means, weights, strict=True)])
         loss, bad = self._agree(loss, is_bad(total, [loss]), measures)
         for border in (self._below, self._above):
             if border is not None:
@@ -135,7 +135,7 @@ class LayerParallel:
 
     def _encode(self, x: Tensor, y: Any) -> _MicroBatch:
         part = _MicroBatch(y, x.shape[0])
-        code = x if self._below is None else self._below.receive(x)
+        code = x if self._below is None else self._below.receive(x.device)
         for stage in self.stages:
             part.inputs.append(code)
             code, state = stage.encode(code)
@@ -152,8 +152,8 @@ class LayerParallel:
         own = len(self.stages)
         part.moves, part.signals = [None] * (own + 1), [None] * (own + 1)
         if self._above is not None:
-            part.moves[own] = self._above.receive(part.outputs[-1])
-            signal = self._above.receive(part.outputs[-1])
+            part.moves[own] = self._above.receive(part.outputs[-1].device)
+            signal = self._above.receive(part.outputs[-1].device)
             part.signals[own] = signal if signal.numel() else None
         for index in range(own - 1, -1, -1):
             if self.first + index == 0:
@@ -199,8 +199,11 @@ class LayerParallel:
                 y=part.y,
                 signal=part.signals[index + 1],
             )
-            share: Any = loss_share if stage.is_output else part.samples / samples
-            gradients += [(p, g.mul_(share)) for p, g in weights.gradients(problem)]
+            own = weights.gradients(problem)
+            if stage.is_output:
+                gradients += [(p, _share(g, loss_share)) for p, g in own]
+            else:
+                gradients += [(p, g.mul_(part.samples / samples)) for p, g in own]
         return gradients
 
     def _agree(self, loss: Tensor, bad: Tensor, measures: bool) -> tuple[Tensor, Tensor]:
@@ -228,7 +231,7 @@ class LayerParallel:
         return output
 
     def _encode_only(self, x: Tensor) -> Tensor:
-        code = x if self._below is None else self._below.receive(x)
+        code = x if self._below is None else self._below.receive(x.device)
         for stage in self.stages:
             code, _ = stage.encode(code)
         if self._above is not None:
@@ -283,6 +286,11 @@ def _costs(stages: Sequence[Stage]) -> list[float]:
 
 def _cut(x: Tensor, y: Any, parts: int) -> list[tuple[Tensor, Any]]:
     return list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+
+
+def _share(mean: Tensor, share: Tensor) -> Tensor:
+    """``share * mean``, and zero where all labels of a part are ignored, which makes their mean 0/0."""
+    return torch.where(share == 0, torch.zeros_like(mean), mean * share)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

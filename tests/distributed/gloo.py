@@ -42,9 +42,10 @@ def launch(world: int, function: Callable[..., Any], *args: Any, seconds: float 
             workers[rank].kill()
             workers[rank].join()
         errors = [path.read_text() for path in sorted(Path(folder).glob("error*"))]
+        outputs = [path.read_text()[-2000:] for path in sorted(Path(folder).glob("output*"))]
         if late or errors or any(worker.exitcode for worker in workers):
             codes = [worker.exitcode for worker in workers]
-            raise ProcessError(f"late: {late}, exit codes: {codes}\n" + "\n".join(errors))
+            raise ProcessError(f"late: {late}, exit codes: {codes}\n" + "\n".join(errors + outputs))
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world)]
 
 
