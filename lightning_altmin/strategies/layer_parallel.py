@@ -154,7 +154,7 @@ class LayerParallel:
         if self._above is not None:
             part.moves[own] = self._above.receive(part.outputs[-1].device)
             signal = self._above.receive(part.outputs[-1].device)
-            part.signals[own] = signal if signal.numel() else None
+            part.signals[own] = signal.squeeze() if signal.numel() else None  # a scalar promotes no type
         for index in range(own - 1, -1, -1):
             if self.first + index == 0:
                 continue  # below the lowest stage is the input, which stays
