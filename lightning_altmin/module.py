@@ -26,7 +26,6 @@ from lightning_altmin.trainer_checks import (
     refuse_optimizer,
     refuse_replaced,
     refuse_skipping_in_groups,
-    refuse_unreadable_checkpoint,
     refuse_unsupported,
 )
 from lightning_altmin.weights import LocalGradient, WeightSolver
@@ -209,7 +208,6 @@ class AltMinModule(SupervisedModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer features that cannot work, before anything else happens."""
-        refuse_unreadable_checkpoint(self.trainer)
         if stage == "fit":
             refuse_unsupported(self.trainer, self.core.coded)
             self.core.processes = processes_of(self.trainer)

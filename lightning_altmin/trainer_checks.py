@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
-
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
@@ -79,20 +76,6 @@ def refuse_unsupported(trainer: Trainer, coded: CodedNetwork) -> None:
                 "ModelCheckpoint(train_time_interval=...) is ignored by Lightning under manual optimization; use "
                 "every_n_train_steps or every_n_epochs"
             )
-
-
-def refuse_unreadable_checkpoint(trainer: Trainer) -> None:
-    """Look at the file of a checkpoint before Lightning does, whose error would name neither the file nor the reason.
-
-    Raises:
-        ValueError: If the end of the file is missing.
-    """
-    path = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
-    if path is not None and path.is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"ckpt_path={str(path)!r} is cut off, or no checkpoint at all: the end of the file ({path.stat().st_size} "
-            "bytes) is not that of one. It was copied incompletely, or written to a full disk; use an earlier one"
-        )
 
 
 def refuse_skipping_in_groups(trainer: Trainer) -> None:
