@@ -1,7 +1,7 @@
 """The plain core under Lightning Fabric: every process trains on its part of each batch.
 
     python examples/fabric.py                                   # one process
-    torchrun --nproc-per-node 2 examples/fabric.py              # two, with the same result
+    torchrun --nproc-per-node 2 examples/fabric.py              # two, each with its part of every batch
 
 Fabric starts the processes and deals out the data; the core averages the local gradients. `fabric.setup` is not
 needed: there is no backward pass to wrap.
