@@ -153,8 +153,8 @@ class LayerParallel:
         part.moves, part.signals = [None] * (own + 1), [None] * (own + 1)
         if self._above is not None:
             part.moves[own] = self._above.receive(part.outputs[-1].device)
-            signal = self._above.receive(part.outputs[-1].device)
-            part.signals[own] = signal.squeeze() if signal.numel() else None  # a scalar promotes no type
+            share = self._above.receive(part.outputs[-1].device)
+            part.signals[own] = share.squeeze() if share.numel() else None  # a scalar promotes no type
         for index in range(own - 1, -1, -1):
             if self.first + index == 0:
                 continue  # below the lowest stage is the input, which stays
