@@ -31,4 +31,8 @@ class Processes:
             bad: Whether the samples here are bad, a bool scalar that is not looked at.
             first: Whether this is the batch's first weight step, where measurements are shared too.
         """
+        if first:
+            core.weights.learn(core.weights.measured())
+            if step._measures:
+                core.codes.learn(core.codes.measured())
         return gradients, bad

@@ -69,15 +69,7 @@ def training_progress(trainer: Trainer | None) -> TrainerProgress | None:
 
     Args:
         trainer: the trainer of the data module, None when the loader is used by hand.
-
-    Raises:
-        RuntimeError: if the trainer has several processes: every one of them would train on the same batches.
     """
     if trainer is None:
         return None
-    if trainer.world_size > 1:
-        raise RuntimeError(
-            f"this data module's train loader serves one process, but the Trainer has {trainer.world_size}: each would "
-            "train on the same batches; use Trainer(devices=1, num_nodes=1)"
-        )
     return TrainerProgress(trainer)

@@ -151,7 +151,7 @@ class CodeSolver(nn.Module, ABC):
         return []
 
     def learn(self, sums: Sequence[Tensor]) -> None:
-        """Use the sums over all processes' samples in place of this process's own; called where there are several."""
+        """Take over what `measured` returned, summed over the samples of all processes that share the batch."""
         return
 
     @abstractmethod

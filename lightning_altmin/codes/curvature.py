@@ -45,7 +45,7 @@ class CurvatureCodes(CodeSolver):
     """
 
     curvature: Tensor
-    _latest: Tensor
+    _sums: Tensor
 
     def __init__(self, share: float = 0.05, steps: int = 1, every: int = 10) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class CurvatureCodes(CodeSolver):
             raise ValueError("codes: this CurvatureCodes belongs to another model; make one for each")
         # 1 is the anchor's share, the least that the curvature can be.
         self.register_buffer("curvature", torch.ones(depth, dtype=torch.float64))
-        # Numerator, denominator and the estimate before, of the latest measurement.
-        self.register_buffer("_latest", torch.ones(depth, 3, dtype=torch.float64), persistent=False)
+        # Numerator and denominator of each code, over the samples seen since the estimate was last renewed.
+        self.register_buffer("_sums", torch.zeros(depth, 2, dtype=torch.float64), persistent=False)
 
     def measures(self, batch: int) -> bool:
         return batch < _FIRST or batch % self.every == 0
@@ -83,24 +83,20 @@ class CurvatureCodes(CodeSolver):
         return move
 
     def measured(self) -> list[Tensor]:
-        return [self._latest[:, :2]]
+        return [self._sums]
 
     def learn(self, sums: Sequence[Tensor]) -> None:
-        for bend_and_slope in sums:
-            bend, slope = bend_and_slope.unbind(1)
-            self.curvature.copy_(_estimate(bend, slope, self._latest[:, 2]))
+        (bend_and_slope,) = sums
+        bend, slope = bend_and_slope.unbind(1)
+        # A batch without a gradient says nothing; the smallest number keeps it from saying NaN.
+        found = bend / slope.clamp_min(torch.finfo(torch.float32).tiny)
+        risen = torch.maximum(found, self.curvature * _DECAY + found * (1 - _DECAY)).clamp_min(1.0)
+        self.curvature.copy_(risen)
+        self._sums.zero_()
 
     def _measure(self, problem: CodeProblem, gradient: Tensor) -> None:
         bend, slope = problem.curvature(gradient).sum(), gradient.square().sum()
-        before = self.curvature[problem.level]
-        self._latest[problem.level] = torch.stack([bend.double(), slope.double(), before])
-        self.curvature[problem.level] = _estimate(bend, slope, before)
+        self._sums[problem.level] += torch.stack([bend, slope])
 
     def extra_repr(self) -> str:
         return f"share={self.share:g}, steps={self.steps}, every={self.every}"
-
-
-def _estimate(bend: Tensor, slope: Tensor, before: Tensor) -> Tensor:
-    # A batch without a gradient says nothing; the smallest number keeps it from saying NaN.
-    found = bend / slope.clamp_min(torch.finfo(slope.dtype).tiny)
-    return torch.maximum(found, before * _DECAY + found * (1 - _DECAY)).clamp_min(1.0)

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
@@ -60,6 +61,38 @@ class IndexedLoader(ResumableLoader):
         self._indices = indices
         self._transform = transform
         self._prepare = prepare
+        self._rank, self._world = 0, 1
+
+    def share(self, rank: int, world: int) -> None:
+        """Hand out this process's part of every batch of ``world * batch_size`` samples; nothing is padded or repeated.
+
+        A last batch that is not full is dealt out as evenly as possible.
+
+        Args:
+            rank: number of this process.
+            world: number of processes.
+
+        Raises:
+            ValueError: if a process would get nothing of the last batch.
+        """
+        rest = self._samples % (world * self.batch_size)
+        if rest < world and (rest > 0 or self._samples == 0) and not self.drop_last:
+            raise ValueError(
+                f"the last batch would have {rest} samples for {world} processes, and each needs at least one "
+                f"({self._samples} samples, batch_size={self.batch_size} per process): use drop_last=True or another "
+                "batch_size"
+            )
+        if self.drop_last and self._samples < world * self.batch_size:
+            raise ValueError(
+                f"the loader would be empty: drop_last=True drops the only batch, which has {self._samples} samples "
+                f"where {world} processes with batch_size={self.batch_size} need {world * self.batch_size}"
+            )
+        self._rank, self._world = rank, world
+
+    def draw(self) -> int:
+        """Draw the seed of one epoch, the same on all processes."""
+        seed = super().draw()
+        return seed if self._world == 1 else _from_first_process(seed)
 
     @abstractmethod
     def fetch(self, order: torch.Tensor | None, start: int, seed: int | None) -> Iterator[Batch]:
@@ -82,14 +115,14 @@ class IndexedLoader(ResumableLoader):
     @property
     def epoch_length(self) -> int:
         """Number of batches of an epoch."""
-        full, rest = divmod(self._samples, self.batch_size)
+        full, rest = divmod(self._samples, self._world * self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
     def layout(self) -> dict[str, int | bool]:
         """The settings that say which samples a batch number stands for."""
         return {
             "samples": self._samples,
-            "batch_size": self.batch_size,
+            "batch_size": self._world * self.batch_size,  # so another number of processes may go on with the epoch
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
         }
@@ -98,18 +131,27 @@ class IndexedLoader(ResumableLoader):
         """Build the batches of one epoch from number ``start`` on."""
         for index, (x, y) in enumerate(self.fetch(self._order(seed), start, seed), start):
             if self._transform is not None and seed is not None:
-                x = self._transform(x, derived_generator(seed, index))
+                x = self._transform(x, derived_generator(seed, index * self._world + self._rank))
             yield (x if self._prepare is None else self._prepare(x)), y
 
     def bounds(self, batch: int) -> tuple[int, int]:
         """First and one after the last place, in the order of the epoch, of the samples of a batch."""
-        return batch * self.batch_size, min((batch + 1) * self.batch_size, self._samples)
+        size = self._world * self.batch_size
+        low = batch * size
+        whole = min(low + size, self._samples) - low
+        return low + whole * self._rank // self._world, low + whole * (self._rank + 1) // self._world
 
     def _order(self, seed: int | None) -> torch.Tensor | None:
         if not self.shuffle or seed is None:
             return self._indices
         order = torch.randperm(self._samples, generator=derived_generator(seed, _ORDER_STREAM))
         return order if self._indices is None else self._indices[order]
+
+
+def _from_first_process(seed: int) -> int:
+    shared = [seed]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def check_batch_size(name: str, value: int) -> None:

@@ -66,11 +66,13 @@ class ResumableDataModule(LightningDataModule, ABC):
         With ``Trainer(overfit_batches=...)`` they are not shuffled, so that the same ones come every epoch.
 
         Raises:
-            RuntimeError: before ``setup``, or under a Trainer with several processes.
+            RuntimeError: before ``setup``, or under a Trainer with several processes if the data can serve one only.
+            ValueError: if there are too few samples in the last batch for that many processes.
         """
         self._check_read()
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0  # getattr: there may be no trainer
         loader = self.make_train_loader(not overfit, training_progress(self.trainer))
+        self._share(loader)
         self._handed_out["train"] = loader
         return loader
 
@@ -112,11 +114,17 @@ class ResumableDataModule(LightningDataModule, ABC):
         self._check_read()
         return self.make_eval_loader(part)
 
+    def _share(self, loader: ResumableLoader) -> None:
+        """Under a Trainer with several processes, each gets its part of every batch."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            loader.share(self.trainer.global_rank, self.trainer.world_size)
+
     def _existing(self, part: EvaluationPart) -> ResumableLoader:
         loader = self._loader(part)
         if loader is None:
             name = {"val": "validation", "test": "test"}[part]
             raise RuntimeError(f"this {type(self).__name__} was set up without {name} data: see its arguments for it")
+        self._share(loader)
         self._handed_out[part] = loader
         return loader
 

@@ -46,6 +46,21 @@ class ResumableLoader(ABC):
             The batches number ``start``, ``start + 1``, ... of the epoch.
         """
 
+    def share(self, rank: int, world: int) -> None:
+        """Hand out this process's part of every batch only, ``world`` times as large a batch being dealt out.
+
+        Raises:
+            RuntimeError: if this kind of loader serves one process only.
+        """
+        raise RuntimeError(
+            f"a {type(self).__name__} serves one process, but the Trainer has {world}: each would train on the same "
+            "batches; use Trainer(devices=1, num_nodes=1)"
+        )
+
+    def draw(self) -> int:
+        """Draw the seed of one epoch, the same on all processes that share its batches."""
+        return draw_epoch_seed()
+
     @property
     @abstractmethod
     def is_random(self) -> bool:
@@ -165,7 +180,7 @@ class _Epoch(Iterator[Batch]):
             raise RuntimeError("this epoch of the loader was closed; begin another with iter(loader)")
         if self._batches is None:
             if self.seed is None and self._loader.is_random:
-                self.seed = draw_epoch_seed()
+                self.seed = self._loader.draw()
             self.has_begun = True
             self._batches = self._loader.batches_from(self.seed, self._start)
         try:

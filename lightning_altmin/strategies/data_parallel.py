@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_altmin.engines import Gradients
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies.agreement import Signature, refuse_differences
+from lightning_altmin.strategies.lost import lost_processes_named
 
 if TYPE_CHECKING:
     from lightning_altmin.altmin import AltMin
@@ -61,7 +62,8 @@ class DataParallel(Processes):
 
         Raises:
             RuntimeError: In the first batch, if processes differ in the library's version, the model or its weights.
-            ValueError: If a gradient is sparse, or codes depend on the batch they come in.
+            ProcessLostError: If another process has ended, or has not answered within the group's timeout.
+        ValueError: If a gradient is sparse, or codes depend on the batch they come in.
         """
         if not self._agreed:
             _refuse_unshareable(core, gradients)
@@ -73,17 +75,21 @@ class DataParallel(Processes):
         running = [b for n in core._norms for b in (n.running_mean, n.running_var) if b is not None] if first else []
         by_codes = core.codes.measured() if first and step._measures else []
         by_weights = core.weights.measured() if first else []
-        by_samples, by_loss, sums = self._reduced(
-            [g for _, g in own] + running,
-            [g for _, g in last] + [step.loss],
-            [*by_codes, *by_weights, bad],
-            torch.full((), float(step.x.shape[0]), device=step.loss.device),
-            core.local_loss.weight(step.output, step.y),
-        )
+        weights = core.local_loss.weight(step.output, step.y)
+        samples = torch.full((), float(step.x.shape[0]), device=step.loss.device)
+        with lost_processes_named(step.number):
+            by_samples, by_loss, sums = self._reduced(
+                [g for _, g in own] + running,
+                [g for _, g in last] + [step.loss],
+                [*by_codes, *by_weights, bad],
+                samples,
+                weights,
+            )
         for buffer, mean in zip(running, by_samples[len(own) :], strict=True):
             buffer.copy_(mean)
         if first:
-            core.codes.learn(sums[: len(by_codes)])
+            if step._measures:
+                core.codes.learn(sums[: len(by_codes)])
             core.weights.learn(sums[len(by_codes) : -1])
             step.loss = by_loss[-1]
         parameters = [p for p, _ in (*own, *last)]

@@ -54,6 +54,7 @@ def test_the_estimate_is_the_curvature_and_counts_from_the_next_batch(scale: flo
             expected[level] = above
             above = -above
         core.solve_codes(step)
+        core.fill_gradients(step)  # where what was measured is learned
         for ours, theirs in zip(step.moves, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(core.codes.curvature, torch.tensor(kappa, dtype=torch.float64), rtol=1e-10, atol=0)
@@ -64,10 +65,10 @@ def test_a_rise_counts_at_once_a_fall_slowly() -> None:
     module = orthogonal(1.0)
     core = AltMin(module, nn.MSELoss(), codes=CurvatureCodes())
     x, y = torch.randn(2, 5, 6, dtype=torch.float64)
-    core.solve_codes(core.encode(x, y))
+    gradients(core, x, y)
     for scale, expected in ((3.0, 10.0), (1.0, 0.8 * 10 + 0.2 * 2)):
         nn.init.orthogonal_(module[1].weight, gain=scale)
-        core.solve_codes(core.encode(x, y))
+        gradients(core, x, y)
         torch.testing.assert_close(float(core.codes.curvature[0]), expected, rtol=1e-9, atol=0)
 
 
@@ -92,7 +93,7 @@ def test_codes_do_not_depend_on_the_batch(steps: int) -> None:
     module = convolutional()
     x, y = batch(module, 5)
     core = AltMin(module, nn.CrossEntropyLoss(), codes=CurvatureCodes(steps=steps))
-    core.solve_codes(core.encode(x, y))
+    gradients(core, x, y)
     parts = []
     for rows in (slice(0, 5), slice(0, 2), slice(2, 5)):
         alone = copy.deepcopy(core)

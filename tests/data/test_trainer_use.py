@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import Dataset
 
-from lightning_altmin.data import DatasetSource, IndexedDataModule, Sources, TensorSource
+from lightning_altmin.data import CSVDataModule, DatasetSource, IndexedDataModule, Sources, TensorLoader, TensorSource
 from tests.data.resume_harness import Recorder, fit
 
 
@@ -67,12 +67,42 @@ def test_overfitted_batches_are_the_same_every_epoch() -> None:
     assert [ids for ids, _, _ in module.steps] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] * 3
 
 
-def test_several_processes_are_refused() -> None:
-    """Catches processes that all train on the same batches while seeming to share the work."""
-    data = Numbers(5)
+def shared(samples: int, size: int, world: int, **settings: Any) -> list[TensorLoader]:
+    """The loaders of all processes."""
+    x = torch.arange(float(samples))[:, None]
+    loaders = [TensorLoader(x, torch.arange(samples), size, **settings) for _ in range(world)]
+    for rank, loader in enumerate(loaders):
+        loader.share(rank, world)
+    return loaders
+
+
+@pytest.mark.parametrize(("samples", "size", "world"), [(16, 4, 2), (21, 4, 2), (22, 2, 4), (7, 7, 3)])
+def test_processes_share_every_batch(samples: int, size: int, world: int) -> None:
+    """Catches samples that are seen twice, or by nobody, or in another global batch than on one process."""
+    parts = [[y.tolist() for _, y in loader] for loader in shared(samples, size, world)]
+    whole = [y.tolist() for _, y in TensorLoader(torch.zeros(samples, 1), torch.arange(samples), size * world)]
+    assert [[y for part in batch for y in part] for batch in zip(*parts, strict=True)] == whole
+    sizes = [[len(batch) for batch in batches] for batches in zip(*parts, strict=True)]
+    assert all(max(batch) - min(batch) <= 1 and min(batch) >= 1 for batch in sizes)
+    assert all(len(loader) == len(whole) for loader in shared(samples, size, world))
+
+
+def test_a_process_without_samples_is_refused() -> None:
+    """Catches a process that waits for a batch that it never gets."""
+    with pytest.raises(ValueError, match="last batch would have 1 samples for 2 processes"):
+        shared(9, 4, 2)
+    with pytest.raises(ValueError, match="2 processes with batch_size=4 need 8"):
+        shared(7, 4, 2, drop_last=True)
+    assert [len(loader) for loader in shared(9, 4, 2, drop_last=True)] == [1, 1]
+
+
+def test_streams_serve_one_process(tmp_path: Path) -> None:
+    """Catches processes that all train on the same rows while seeming to share the work."""
+    (tmp_path / "rows.csv").write_text("1,0\n2,1\n")
+    data = CSVDataModule(tmp_path / "rows.csv", batch_size=1)
     data.setup("fit")
-    data.trainer = SimpleNamespace(world_size=2, overfit_batches=0)  # type: ignore[assignment]
-    with pytest.raises(RuntimeError, match="serves one process, but the Trainer has 2"):
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0, overfit_batches=0)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="CSVLoader serves one process, but the Trainer has 2"):
         data.train_dataloader()
 
 

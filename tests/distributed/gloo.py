@@ -42,9 +42,10 @@ def launch(world: int, function: Callable[..., Any], *args: Any, seconds: float 
             workers[rank].kill()
             workers[rank].join()
         errors = [path.read_text() for path in sorted(Path(folder).glob("error*"))]
+        outputs = [path.read_text()[-2000:] for path in sorted(Path(folder).glob("output*"))]
         if late or errors or any(worker.exitcode for worker in workers):
             codes = [worker.exitcode for worker in workers]
-            raise ProcessError(f"late: {late}, exit codes: {codes}\n" + "\n".join(errors))
+            raise ProcessError(f"late: {late}, exit codes: {codes}\n" + "\n".join(errors + outputs))
         return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world)]
 
 
@@ -73,6 +74,9 @@ def join_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _work(rank: int, world: int, port: int, function: Callable[..., Any], args: Any, folder: Path) -> None:
     torch.set_num_threads(1)
+    with (folder / f"output{rank}").open("w") as output:  # a process that is left behind must not hold a pipe open
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
     os.environ.update({name: str(value) for name, value in environment.items()})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_altmin import AltMinModule, CurvatureCodes, LocalGradient
+from lightning_altmin.data import IndexedDataModule, Sources, TensorSource
 from lightning_altmin.guard import NonFiniteError
 from tests.distributed.gloo import launch
 from tests.distributed.problems import NETWORKS, OPTIMIZERS, batches, part
@@ -89,7 +90,7 @@ def compare(found: list[State], expected: State, tolerance: float = 1e-12) -> No
 
 
 def module(kind: str = "mlp", **settings: Any) -> AltMinModule:
-    return AltMinModule(NETWORKS[kind][0](), codes=CurvatureCodes(every=2), **settings)
+    return AltMinModule(NETWORKS[kind][0]().double(), codes=CurvatureCodes(every=2), **settings)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -116,11 +117,11 @@ def test_single_precision() -> None:
     weights = SETTINGS["sgd"]
 
     def share(rank: int) -> State:
-        model, fit = module(**weights), ddp(precision="32-true")
+        model, fit = module(**weights).float(), ddp(precision="32-true")
         fit.fit(model, loader(parts(data, rank)))
         return state(model, fit)
 
-    model, fit = module(**weights), trainer(devices=1, precision="32-true")
+    model, fit = module(**weights).float(), trainer(devices=1, precision="32-true")
     fit.fit(model, loader(data))
     found, expected = launch(2, share), state(model, fit)
     for one in (*found, expected):  # a ratio of two sums, each of them rounded
@@ -214,6 +215,7 @@ def test_collectives_per_batch() -> None:
         assert calls == expected
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_checkpoints_resume_bit_equal(tmp_path: Path) -> None:
     """Catches a checkpoint that holds one process's share of something."""
     data = whole()
@@ -255,3 +257,28 @@ def test_synchronised_batch_norm_is_refused() -> None:
         return True
 
     assert launch(2, share) == [True, True]
+
+
+class Drawn(IndexedDataModule):
+    """22 samples of six features: shuffled, in a last batch of 6."""
+
+    num_classes = 3
+    input_shape = (6,)
+
+    def load_sources(self) -> Sources:
+        return Sources(TensorSource(*batches((6,), 22, 1, torch.float64)[0]), val=TensorSource(*whole()[0]))
+
+
+def test_data_modules_deal_out_the_batches_of_one_process() -> None:
+    """Catches processes that shuffle differently or evaluate the same samples: the run must be that of one process."""
+
+    def run(fit: Trainer, seed: int, size: int) -> State:
+        model = module()
+        seed_everything(seed, verbose=False)
+        fit.fit(model, datamodule=Drawn(batch_size=size, eval_batch_size=4))
+        return state(model, fit)
+
+    def share(rank: int) -> State:
+        return run(ddp(limit_val_batches=None), 5 + rank, 4)  # only the first process's draw counts
+
+    compare(launch(2, share), run(trainer(devices=1, limit_val_batches=None), 5, 8))

@@ -1,0 +1,145 @@
+"""Layers dealt out among processes: the steps of one process, with a part of its memory each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_altmin import AltMin, AltMinObjective, CurvatureCodes, GradientCodes, LineSearchCodes, LocalGradient
+from lightning_altmin.guard import NonFiniteError
+from lightning_altmin.strategies import LayerParallel
+from lightning_altmin.strategies.layer_parallel import balanced
+from tests.distributed.gloo import join_gloo, launch
+from tests.distributed.problems import CLASSES, NETWORKS, OPTIMIZERS, batches
+
+STEPS = 8
+
+
+def model(kind: str = "mlp", dtype: torch.dtype = torch.float64, **settings: Any) -> AltMin:
+    defaults: dict[str, Any] = {"loss": nn.CrossEntropyLoss(), "codes": CurvatureCodes(every=2)}
+    return AltMin(NETWORKS[kind][0]().to(dtype), **(defaults | settings))
+
+
+def one_process(core: AltMin, data: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], list[float]]:
+    losses = [float(core.step(*batch).loss) for batch in data]
+    return dict(core.network.named_parameters()), losses
+
+
+SETTINGS: dict[str, Any] = {
+    "adam": lambda: {},
+    "sgd": lambda: {"weights": LocalGradient(OPTIMIZERS["sgd"])},
+    "gradient codes": lambda: {"codes": GradientCodes(steps=2)},
+    "line search": lambda: {"codes": LineSearchCodes()},
+    "several code steps": lambda: {"codes": CurvatureCodes(steps=3, every=2)},
+    "l1 terms": lambda: {"objective": AltMinObjective(lambda_c=0.01, lambda_w=0.01)},
+    "ignored labels": lambda: {"loss": nn.CrossEntropyLoss(ignore_index=0)},
+}
+
+
+@pytest.mark.parametrize(("kind", "world", "parts"), [("mlp", 2, 1), ("mlp", 2, 4), ("mlp", 3, 2), ("conv", 2, 3)])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equals_one_process(name: str, kind: str, world: int, parts: int) -> None:
+    """Catches a move, a signal or a curvature that is lost at a border, and parts that weigh the wrong amount."""
+    data = batches(NETWORKS[kind][1], 7, STEPS, torch.float64)  # 7: parts of different sizes
+
+    def share(rank: int) -> Any:
+        layers = LayerParallel(model(kind, **SETTINGS[name]()), micro_batches=parts)
+        losses = [float(layers.step(*batch)) for batch in data]
+        layers.core.network.eval()
+        return layers.gathered(), losses, layers.forward(data[0][0])
+
+    core = model(kind, **SETTINGS[name]())
+    expected, losses = one_process(core, data)
+    output = core(data[0][0])
+    for found, found_losses, found_output in launch(world, join_gloo(share)):
+        assert found_losses == pytest.approx(losses, abs=1e-12)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value.detach(), atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(found_output, output.detach(), atol=1e-12, rtol=1e-12)
+
+
+def test_a_process_holds_its_own_layers_only() -> None:
+    """Catches parameters or optimizer state of layers that another process owns."""
+    data = batches((6,), 8, 2, torch.float32)
+
+    def share(rank: int) -> tuple[int, int]:
+        layers = LayerParallel(model(dtype=torch.float32))
+        for batch in data:
+            layers.step(*batch)
+        state = [v for s in layers.optimizer.state.values() for v in s.values() if v.dim() > 0]
+        return sum(p.numel() for p in layers.core.parameters()), sum(v.numel() for v in state)
+
+    found = launch(2, join_gloo(share))
+    # 6x8+8 = 56 | 8x7+7 = 63 and 7x3+3 = 24; Adam keeps two moments of each
+    assert found == [(56, 112), (87, 174)]
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_bad_batch_changes_nothing_anywhere(policy: Any) -> None:
+    """Catches a process that steps although another has found the batch bad: here only the lowest layers could know."""
+    data = batches((6,), 8, 3, torch.float64)
+    spoiled = [(x.clone(), y) for x, y in data]
+    spoiled[1][0][:, 0] = 1e200  # weights of zero hide it from all layers above; the gradient's square overflows
+
+    def model_that_ignores_a_feature() -> AltMin:
+        core = model(nonfinite=policy, weights=LocalGradient(OPTIMIZERS["sgd"]))
+        core.network[0].weight.data[:, 0] = 0  # type: ignore[index, union-attr]
+        return core
+
+    def share(rank: int) -> Any:
+        layers = LayerParallel(model_that_ignores_a_feature())
+        if policy == "raise":
+            with pytest.raises(NonFiniteError, match="batch 0 "):
+                layers.step(*spoiled[1])
+            return layers.gathered()
+        layers.step(*spoiled[1])
+        layers.step(*spoiled[0])
+        assert layers.core.guard.skipped == 1
+        return layers.gathered()
+
+    core = model_that_ignores_a_feature()
+    expected = dict(core.network.named_parameters())
+    if policy == "skip":
+        one_process(core, data[:1])
+    for found in launch(2, join_gloo(share)):
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value.detach(), atol=1e-12, rtol=1e-12)
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    """Catches a batch statistic of a part, and processes without a layer."""
+
+    def share(rank: int) -> bool:
+        network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+        with pytest.raises(ValueError, match="BatchNorm in training mode"):
+            LayerParallel(AltMin(network, nn.CrossEntropyLoss()))
+        with pytest.raises(ValueError, match=r"weights\.steps is 2"):
+            LayerParallel(model(weights=LocalGradient(steps=2)))
+        with pytest.raises(ValueError, match="depends on the size of a batch"):
+            LayerParallel(model(objective=AltMinObjective.reference()))
+        with pytest.raises(ValueError, match="3 layers cannot be dealt out to 4 processes"):
+            LayerParallel(model())
+        return True
+
+    assert launch(4, join_gloo(share)) == [True] * 4
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.data())
+def test_groups_are_balanced(costs: list[int], data: st.DataObject) -> None:
+    """Catches a cut that loads one process more than need be. Oracle: all ways to cut."""
+    from itertools import combinations, pairwise
+
+    groups = data.draw(st.integers(1, len(costs)))
+    found = balanced(costs, groups)
+    assert [i for low, high in found for i in range(low, high + 1)] == list(range(len(costs)))
+    assert all(low <= high for low, high in found)
+    assert len(found) == groups
+    ways = ([0, *cut, len(costs)] for cut in combinations(range(1, len(costs)), groups - 1))
+    best = min(max(sum(costs[a:b]) for a, b in pairwise(way)) for way in ways)
+    assert max(sum(costs[low : high + 1]) for low, high in found) == best
