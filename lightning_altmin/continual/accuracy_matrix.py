@@ -90,7 +90,7 @@ class TaskAccuracyMatrix(Metric):
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
             return self._accuracy()[0]
 
-    def plot(self, names: Sequence[str] | None = None) -> Figure:  # type: ignore[override]
+    def plot(self, names: Sequence[str] | None = None) -> Figure:
         """Draw the matrix as a heat map.
 
         Args:

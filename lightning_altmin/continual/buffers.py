@@ -16,8 +16,8 @@ from lightning_altmin.data.seeding import derived_generator
 class SampleBuffer(ABC):
     """Up to ``size`` samples and how many were offered.
 
-    What is kept depends on ``seed`` and on the samples offered, in order, and on nothing else: every decision draws from
-    a generator derived from the seed and the number of samples offered before. So the state below is all there is.
+    What is kept depends on ``seed`` and on the samples offered, in order, and on nothing else: every decision draws
+    from a generator derived from the seed and the number of samples offered before. So the state is all there is.
 
     Args:
         size: Samples that are kept at most, >= 1.
@@ -119,7 +119,7 @@ class SampleBuffer(ABC):
     def _counts(self) -> dict[str, Any]:
         return {}
 
-    def _load_counts(self, state_dict: Mapping[str, Any]) -> None:
+    def _load_counts(self, state_dict: Mapping[str, Any]) -> None:  # noqa: B027  (most buffers count nothing)
         pass
 
 
@@ -171,8 +171,8 @@ class ClassBalancedBuffer(SampleBuffer):
             super().add(x[row : row + 1], y[row : row + 1])
 
     def _place(self, label: int, first: float, second: float) -> int | None:
-        labels, counts = self.y.unique(return_counts=True)
-        largest = labels[counts == counts.max()]
+        counts = torch.bincount(self.y)
+        largest = (counts == counts.max()).nonzero().squeeze(1)
         self._full |= set(largest.tolist())
         if label in self._full:
             own = (self.y == label).nonzero().squeeze(1)

@@ -73,11 +73,10 @@ def from_avalanche(
         TypeError: If ``benchmark`` has not the two streams.
         ValueError: As `from_datasets`.
     """
-    streams = [getattr(benchmark, name, None) for name in ("train_stream", "test_stream")]
-    if any(stream is None for stream in streams):
+    if not (hasattr(benchmark, "train_stream") and hasattr(benchmark, "test_stream")):
         raise TypeError(f"benchmark must have train_stream and test_stream, got {type(benchmark).__name__}")
-    train = [_Pairs(_in_mode(experience.dataset, "train")) for experience in streams[0]]
-    test = [_Pairs(_in_mode(experience.dataset, "eval")) for experience in streams[1]]
+    train = [_Pairs(_in_mode(experience.dataset, "train")) for experience in benchmark.train_stream]
+    test = [_Pairs(_in_mode(experience.dataset, "eval")) for experience in benchmark.test_stream]
     return from_datasets(train, test, num_classes=num_classes, prepare=prepare, name="Avalanche benchmark")
 
 

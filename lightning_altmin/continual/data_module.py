@@ -305,7 +305,8 @@ class TaskStreamDataModule(StreamDataModule):
     def end_task(self) -> None:
         """Make the current epoch the last one of its task; the next epoch is the next task's first."""
         if self.trainer is not None:
-            self._end_epoch = min(self._end_epoch, self.trainer.fit_loop.epoch_progress.current.started)
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            self._end_epoch = min(self._end_epoch, progress.started)
 
     def train_dataloader(self) -> ResumableLoader:
         """The training batches of the epoch that begins, or that is resumed."""
@@ -339,4 +340,7 @@ class TaskStreamDataModule(StreamDataModule):
     @property
     def _processed_epochs(self) -> int:
         """Epochs trained by the whole run. Not ``current_epoch``, which lags behind while a run is resumed."""
-        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_progress.current.processed
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_progress.current  # Lightning annotates a base class of it
+        return int(progress.processed)

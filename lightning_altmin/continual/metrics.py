@@ -165,9 +165,9 @@ def worst_case_accuracy(accuracy: Numbers, task: Numbers) -> Tensor:
 def stability_gap(accuracy: Numbers, task: Numbers, window: int | None = None) -> Tensor:
     """Depth of the drop at a switch: accuracy on the task before it, minus its lowest during the new task.
 
-    ``1/(k-1) sum_{j<k-1} (accuracy[last row of task j, j] - min_{first window rows of task j+1} accuracy[n, j])``. After
-    De Lange et al. 2023, who see it recover where nothing is forgotten for good: compare it with `forgetting`. It
-    needs evaluations inside tasks; with one per task it is the loss at the next task's end. NaN for one task.
+    ``1/(k-1) sum_{j<k-1} (accuracy[last row of task j, j] - min_{first window rows of task j+1} accuracy[n, j])``.
+    After De Lange et al. 2023, who see it recover where nothing is forgotten for good: compare it with `forgetting`.
+    It needs evaluations inside tasks; with one per task it is the loss at the next task's end. NaN for one task.
 
     Args:
         accuracy: Trajectory, shape ``(n, T)``.

@@ -83,7 +83,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
     @property
     def classes(self) -> tuple[int, ...]:
         """The labels that occur, in ascending order."""
-        return tuple(self.labels.unique().tolist())
+        return tuple(sorted(set(self.labels.tolist())))
 
     @property
     def in_memory(self) -> bool:
@@ -97,7 +97,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         owner = torch.searchsorted(self._ends, rows, right=True)
         starts = torch.cat([self._ends.new_zeros(1), self._ends[:-1]])
         x: Tensor | None = None
-        for number in owner.unique().tolist():
+        for number in sorted(set(owner.tolist())):
             mine = (owner == number).nonzero().squeeze(1)
             read = self.parts[number].read(rows[mine] - starts[number])
             x = read.new_empty((len(rows), *read.shape[1:])) if x is None else x
@@ -176,7 +176,7 @@ def as_samples(data: SamplesLike) -> Samples:
         raise ValueError(
             f"labels must be integers, one per sample, got shape {tuple(labels.shape)} and type {labels.dtype}"
         )
-    return Samples([Part(source, torch.arange(len(labels)), labels.long().cpu())], workers)  # type: ignore[arg-type]
+    return Samples([Part(source, torch.arange(len(labels)), labels.long().cpu())], workers)
 
 
 def _labels_of(source: Any) -> Tensor:

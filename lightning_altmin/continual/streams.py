@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -210,7 +211,7 @@ def fuzzy(stream: TaskStream, mix: float = 0.1, seed: int = 0) -> TaskStream:
     trains = [task.train for task in stream]
     generator = derived_generator(seed, _EXCHANGE)
     orders = [torch.randperm(len(train), generator=generator) for train in trains]
-    crossing = [round(mix * min(len(a), len(b))) for a, b in zip(trains, trains[1:], strict=False)]
+    crossing = [round(mix * min(len(a), len(b))) for a, b in pairwise(trains)]
     blurred = []
     for index, (train, order) in enumerate(zip(trains, orders, strict=True)):
         # Of a task's random order, the first samples go to the task before and the last ones to the task after.
@@ -266,8 +267,8 @@ def held_out(samples: Samples, val_split: int | float, generator: torch.Generato
     number = val_split if isinstance(val_split, int) else round(val_split * len(samples))
     if not 0 < number < len(samples):
         raise ValueError(
-            f"val_split={val_split!r} holds out {number} of a task's {len(samples)} training samples; at least one must "
-            "be held out and one be left"
+            f"val_split={val_split!r} holds out {number} of a task's {len(samples)} training samples; at least one "
+            "must be held out and one be left"
         )
     order = torch.randperm(len(samples), generator=generator)
     return samples.take(order[number:].sort().values), samples.take(order[:number].sort().values)
@@ -317,7 +318,7 @@ def _dealt(items: Any, num_tasks: int | None) -> list[Any]:
         raise ValueError(f"num_tasks={num_tasks} is more than there is to deal out: {len(items)} classes or samples")
     size, rest = divmod(len(items), num_tasks)
     bounds = [index * size + min(index, rest) for index in range(num_tasks + 1)]
-    return [items[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [items[low:high] for low, high in pairwise(bounds)]
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -167,6 +167,6 @@ def _check_disjoint(classes: Sequence[tuple[int, ...]]) -> None:
         for label in labels:
             if label in owner:
                 raise ValueError(
-                    f"class {label} is in task {owner[label]} and in task {index}, but the tasks' classes must not overlap"
+                    f"class {label} is in task {owner[label]} and in task {index}: the tasks' classes must not overlap"
                 )
             owner[label] = index

@@ -25,6 +25,9 @@ class Share(NamedTuple):
     world: int = 1
 
 
+_WHOLE = Share()
+
+
 class TaskLoader(ResumableLoader):
     """Batches of a task's samples, resumable at any batch.
 
@@ -54,7 +57,7 @@ class TaskLoader(ResumableLoader):
         prepare: BatchPreparation | None = None,
         replay: Replay | None = None,
         observes: bool = True,
-        share: Share = Share(),
+        share: Share = _WHOLE,
         progress: TrainingProgress | None = None,
     ) -> None:
         super().__init__(progress)
