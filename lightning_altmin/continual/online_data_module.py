@@ -61,8 +61,8 @@ class OnlineTaskStreamDataModule(StreamDataModule):
         """Refuse a Trainer that passes over the stream more than once."""
         if trainer.max_epochs != 1:
             raise MisconfigurationException(
-                f"OnlineTaskStreamDataModule is a single pass and needs Trainer(max_epochs=1), got {trainer.max_epochs}. "
-                "Use TaskStreamDataModule(epochs_per_task=...) for several epochs"
+                f"OnlineTaskStreamDataModule is a single pass and needs Trainer(max_epochs=1), got {trainer.max_epochs}: "
+                "use TaskStreamDataModule(epochs_per_task=...) for several epochs"
             )
 
     def make_hooks(self) -> TaskHooks:
