@@ -62,6 +62,8 @@ class StreamDataModule(LightningDataModule):
 
     boundaries = True
     """Whether learning methods are told when a task begins and ends."""
+    validates = False
+    """Whether the Trainer validates between epochs."""
 
     @abstractmethod
     def trainer_kwargs(self) -> dict[str, Any]:
@@ -103,6 +105,10 @@ class StreamDataModule(LightningDataModule):
                 "Trainer(overfit_batches=...) would train on one batch of one task for ever"
             )
         self.check_trainer(self.trainer)
+        self._detach()  # from a run that failed
+        if not self.validates:
+            # The Trainer asks whether the hook is overridden to know if there is validation.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         if self.replay is not None:
             self.replay.begin(self._share.rank, self._share.world)
         self._hooks = self.make_hooks()
@@ -114,9 +120,13 @@ class StreamDataModule(LightningDataModule):
             return
         if self.replay is not None:
             self.replay.finish()
-        if self._hooks is not None:
+        self._detach()
+
+    def _detach(self) -> None:
+        self.__dict__.pop("val_dataloader", None)
+        if self._hooks is not None and self.trainer is not None:
             self._hooks.detach(self.trainer)
-            self._hooks = None
+        self._hooks = None
 
     def evaluation_batches(self, task: int, part: str = "test") -> Iterator[Batch]:
         """Prepared batches of a task's test or validation data; with several processes this one's share, unpadded.
@@ -127,6 +137,18 @@ class StreamDataModule(LightningDataModule):
         if part not in self.stream[task].parts():
             raise ValueError(f"task {task} has no {part} data; its parts are {list(self.stream[task].parts())}")
         yield from self._evaluation_loader(task, part)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """The validation batches of the current task.
+
+        Raises:
+            RuntimeError: If there is no validation.
+        """
+        if not self.validates:
+            raise RuntimeError(
+                "there is no validation: it needs a TaskStreamDataModule of a stream made with val_split"
+            )
+        return self._evaluation_loader(self.task.index, "val")
 
     def test_dataloader(self) -> list[ResumableLoader]:
         """The test batches of every task, one loader each."""
@@ -245,7 +267,7 @@ class TaskStreamDataModule(StreamDataModule):
                 f"tasks {without} have no validation data and the others have: give all tasks some, or none"
             )
         self.epochs_per_task = epochs_per_task
-        self._validates = not without
+        self.validates = not without
         self._begin()
 
     def _begin(self) -> None:
@@ -281,11 +303,6 @@ class TaskStreamDataModule(StreamDataModule):
         super().setup(stage)
         if stage == "fit" and self._processed_epochs == 0:
             self._begin()
-        if stage == "fit" and not self._validates:
-            # The Trainer asks whether the hook is overridden to know if there is validation.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
-        else:
-            self.__dict__.pop("val_dataloader", None)
 
     @property
     def task(self) -> Task:
@@ -315,16 +332,6 @@ class TaskStreamDataModule(StreamDataModule):
             self._first_epoch = self._end_epoch
             self._end_epoch = self._first_epoch + self.epochs_per_task
         return self._train_loader(self._task, self._processed_epochs, observes=self.epoch_in_task == 0)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """The validation batches of the current task.
-
-        Raises:
-            RuntimeError: If the stream has no validation data.
-        """
-        if not self._validates:
-            raise RuntimeError("the stream has no validation data; make it with val_split")
-        return self._evaluation_loader(self._task, "val")
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, and the replay buffer."""

@@ -61,8 +61,14 @@ class OnlineTaskStreamDataModule(StreamDataModule):
         """Refuse a Trainer that passes over the stream more than once."""
         if trainer.max_epochs != 1:
             raise MisconfigurationException(
-                f"OnlineTaskStreamDataModule is a single pass and needs Trainer(max_epochs=1), got {trainer.max_epochs}: "
-                "use TaskStreamDataModule(epochs_per_task=...) for several epochs"
+                f"OnlineTaskStreamDataModule needs Trainer(max_epochs=1), got {trainer.max_epochs}: it is a single pass; "
+                "use TaskStreamDataModule(epochs_per_task=...) for several"
+            )
+
+        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"Trainer(limit_train_batches={trainer.limit_train_batches}) would cut the stream short, for the whole "
+                "of it is one epoch; use stream.first(n) or tasks with fewer samples"
             )
 
     def make_hooks(self) -> TaskHooks:

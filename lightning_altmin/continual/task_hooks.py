@@ -50,7 +50,9 @@ class TaskHooks(Callback):
 
     def detach(self, trainer: Trainer) -> None:
         """Take this callback out of the Trainer."""
-        trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self in callbacks:
+            callbacks.remove(self)
 
     def state_dict(self) -> dict[str, Any]:
         """How many tasks have begun and ended."""
@@ -87,22 +89,42 @@ class EpochTaskHooks(TaskHooks):
 
     _stream_data: TaskStreamDataModule
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make up for what Lightning skips when it resumes from a checkpoint of an epoch's last ``on_train_batch_end``.
+
+        It counts the epoch as trained, and begins the next one without its ``on_train_epoch_start`` and without
+        counting it as begun; a checkpoint written in it would then be taken for one of a finished epoch.
+        """
+        loop: Any = trainer.fit_loop
+        progress = loop.epoch_progress
+        if loop.restarted_mid_epoch and progress.current.ready == progress.current.processed:
+            self._end_if_over(trainer, pl_module)
+            if not loop.done:
+                progress.increment_ready()
+                progress.increment_started()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Where the epoch's own hook was skipped, its first batch begins the task."""
+        self.begin(trainer, pl_module, self._stream_data.task)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first epoch of a task begins it."""
         self.begin(trainer, pl_module, self._stream_data.task)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last epoch of a task ends it."""
+        self._end_if_over(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run resumed between the very last batch and the end of its epoch has no more epochs."""
+        self._end_if_over(trainer, pl_module)
+
+    def _end_if_over(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = self._stream_data
         if data.task_is_over:
             self.end(trainer, pl_module, data.task)
             if data.task.index == len(data.stream) - 1:
                 trainer.should_stop = True
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run resumed between the very last batch and the end of its epoch has no more epochs."""
-        if self._stream_data.task_is_over:
-            self.end(trainer, pl_module, self._stream_data.task)
 
 
 class BatchTaskHooks(TaskHooks):

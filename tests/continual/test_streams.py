@@ -47,7 +47,8 @@ def test_split_classes_gives_every_sample_to_one_task(
     classes: int, tasks: int, count: int, seed: int, shuffle: bool, share: float
 ) -> None:
     """Catches the remainder of an uneven division being dropped (10 classes in 3 tasks), and samples that validation
-    and training share."""
+    and training share.
+    """
     train, test = numbered(count, classes), numbered(2 * classes, classes)
     if tasks > classes:
         with pytest.raises(ValueError, match="num_tasks"):
@@ -187,7 +188,7 @@ def test_errors_of_tasks_name_what_is_wrong() -> None:
         TaskStream([Task(0, (x, y), (x, y))], num_classes=2)
     with pytest.raises(ValueError, match="class 0 is in task 0 and in task 1"):
         TaskStream([Task(0, (x, y), (x, y)), Task(1, (x, y), (x, y))], disjoint_classes=True)
-    with pytest.raises(ValueError, match="4 tasks were asked for, but .* has 1"):
+    with pytest.raises(ValueError, match=r"4 tasks were asked for, but .* has 1"):
         TaskStream([Task(0, (x, y), (x, y))]).first(4)
     with pytest.raises(ValueError, match="integers"):
         Task(0, (x, y.float()), (x, y))
