@@ -105,7 +105,6 @@ class StreamDataModule(LightningDataModule):
                 "Trainer(overfit_batches=...) would train on one batch of one task for ever"
             )
         self.check_trainer(self.trainer)
-        self._detach()  # from a run that failed
         if not self.validates:
             # The Trainer asks whether the hook is overridden to know if there is validation.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -120,6 +119,10 @@ class StreamDataModule(LightningDataModule):
             return
         if self.replay is not None:
             self.replay.finish()
+        self._detach()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Give back the Trainer of a run that failed, after checkpoints were written."""
         self._detach()
 
     def _detach(self) -> None:
