@@ -3,6 +3,16 @@
 from lightning_altmin.continual import metrics
 from lightning_altmin.continual.accuracy_matrix import TaskAccuracyMatrix
 from lightning_altmin.continual.buffers import ClassBalancedBuffer, ReservoirBuffer, SampleBuffer
+from lightning_altmin.continual.callbacks import (
+    ContinualEvaluation,
+    MemoryPolicy,
+    OnlineEWC,
+    PrequentialAccuracy,
+    ResetOptimizerState,
+    SynapticIntelligence,
+    TaskCheckpoint,
+    TaskEarlyStopping,
+)
 from lightning_altmin.continual.conversions import from_avalanche, from_continuum, from_datasets
 from lightning_altmin.continual.data_module import StreamDataModule, TaskStreamDataModule
 from lightning_altmin.continual.online_data_module import OnlineTaskStreamDataModule
@@ -21,14 +31,22 @@ from lightning_altmin.continual.task import Task, TaskStream
 
 __all__ = [
     "ClassBalancedBuffer",
+    "ContinualEvaluation",
+    "MemoryPolicy",
+    "OnlineEWC",
     "OnlineTaskStreamDataModule",
+    "PrequentialAccuracy",
     "Replay",
     "ReservoirBuffer",
+    "ResetOptimizerState",
     "SampleBuffer",
     "Samples",
     "StreamDataModule",
+    "SynapticIntelligence",
     "Task",
     "TaskAccuracyMatrix",
+    "TaskCheckpoint",
+    "TaskEarlyStopping",
     "TaskStream",
     "TaskStreamDataModule",
     "from_avalanche",

@@ -141,6 +141,20 @@ class StreamDataModule(LightningDataModule):
             raise ValueError(f"task {task} has no {part} data; its parts are {list(self.stream[task].parts())}")
         yield from self._evaluation_loader(task, part)
 
+    def training_samples(self, task: int, number: int | None = None, seed: int = 0) -> Iterator[Batch]:
+        """Prepared batches of a task's training data without replay, for measuring; this process's share.
+
+        Args:
+            task: The task.
+            number: Samples over all processes, chosen at random; ``None`` for all, in stored order.
+            seed: Of the choice.
+        """
+        samples = self.stream[task].train
+        if number is not None and number < len(samples):
+            order = torch.randperm(len(samples), generator=derived_generator(seed, task))
+            samples = samples.take(order[: max(number, self._share.world)])
+        yield from TaskLoader(samples, self.eval_batch_size, prepare=self.stream.prepare, share=self._share)
+
     def val_dataloader(self) -> ResumableLoader:
         """The validation batches of the current task.
 

@@ -61,8 +61,8 @@ class OnlineTaskStreamDataModule(StreamDataModule):
         """Refuse a Trainer that passes over the stream more than once."""
         if trainer.max_epochs != 1:
             raise MisconfigurationException(
-                f"OnlineTaskStreamDataModule needs Trainer(max_epochs=1), got {trainer.max_epochs}: it passes once; use "
-                "TaskStreamDataModule(epochs_per_task=...) for several epochs"
+                f"OnlineTaskStreamDataModule needs Trainer(max_epochs=1), got {trainer.max_epochs}: it passes once; "
+                "use TaskStreamDataModule(epochs_per_task=...) for several epochs"
             )
 
         if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]

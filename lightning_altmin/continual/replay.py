@@ -43,6 +43,8 @@ class Replay:
         self._pending: tuple[Tensor, Tensor, int] | None = None
         self._progress: TrainingProgress | None = None
         self._drawn = 0
+        self.new_samples = 0
+        """How many of the newest batch's samples are new; the replayed ones follow them."""
 
     def begin(self, rank: int = 0, world: int = 1) -> None:
         """Start a run: an empty buffer, with the share of this process.
@@ -68,6 +70,7 @@ class Replay:
             progress: Who knows whether the batch handed out before was trained; ``None`` takes it for trained.
         """
         self._progress = progress
+        self.new_samples = len(y)
         self._settle()
         trained = self._trained()
         self._pending = (x, y, trained) if observes else None
