@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +13,12 @@ from torch import Tensor
 
 from lightning_altmin.continual import metrics
 from lightning_altmin.continual.accuracy_matrix import TaskAccuracyMatrix, count_correct
-from lightning_altmin.continual.callbacks.stream_access import inputs_and_labels, stream_data
+from lightning_altmin.continual.callbacks.stream_access import (
+    evaluating,
+    inputs_and_labels,
+    stream_data,
+    trained_batches,
+)
 from lightning_altmin.continual.data_module import StreamDataModule
 from lightning_altmin.continual.plots import plot_matrix, plot_stream
 from lightning_altmin.continual.report import matrix_table, summary_table
@@ -119,14 +122,14 @@ class ContinualEvaluation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The row before training."""
-        if self.before_training and _trained(trainer) == 0:
+        if self.before_training and trained_batches(trainer) == 0:
             self._evaluate(trainer, pl_module, after=-1, boundary=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A row of the trajectory."""
-        if self.every_n_batches is not None and _trained(trainer) % self.every_n_batches == 0:
+        if self.every_n_batches is not None and trained_batches(trainer) % self.every_n_batches == 0:
             task = stream_data(trainer, self).task.index
             self._evaluate(trainer, pl_module, after=task, boundary=False)
 
@@ -172,7 +175,7 @@ class ContinualEvaluation(Callback):
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, after: int, boundary: bool) -> None:
-        data, step = stream_data(trainer, self), _trained(trainer)
+        data, step = stream_data(trainer, self), trained_batches(trainer)
         counts = self._counts(trainer, pl_module, data, after)
         free, told, total = counts.long().cpu()
         if bool((told < free).any()):
@@ -191,7 +194,7 @@ class ContinualEvaluation(Callback):
     def _counts(self, trainer: Trainer, pl_module: LightningModule, data: StreamDataModule, after: int) -> Tensor:
         """Correct answers without and with the task told, and samples; ``(3, T)``, summed over processes."""
         counts = torch.zeros(3, len(data.stream), dtype=torch.float64, device="cpu")
-        with _evaluating(pl_module), isolate_rng():
+        with evaluating(pl_module), isolate_rng():
             for task in data.stream:
                 if self.tasks == "seen" and task.index > after:
                     continue
@@ -217,22 +220,6 @@ class ContinualEvaluation(Callback):
             row["continual/average_task_incremental_accuracy"] = float(told[: after + 1].mean())
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-@contextmanager
-def _evaluating(module: LightningModule) -> Iterator[None]:
-    """Evaluation mode, and afterwards every submodule in the mode it was in."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
-
-
-def _trained(trainer: Trainer) -> int:
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
 def _csv(R: Tensor, names: list[str]) -> str:

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from lightning_altmin.continual.callbacks.evaluation import _evaluating
 from lightning_altmin.continual.callbacks.penalty import QuadraticPenalty, Tensors, copies, trained
-from lightning_altmin.continual.callbacks.stream_access import inputs_and_labels, stream_data
+from lightning_altmin.continual.callbacks.stream_access import evaluating, inputs_and_labels, stream_data
 from lightning_altmin.continual.task import Task
 from lightning_altmin.data.seeding import derived_generator
 
@@ -78,7 +77,7 @@ class OnlineEWC(QuadraticPenalty):
         count = 0
         for batch in data.training_samples(task.index, self.samples, self.seed):
             x, y = inputs_and_labels(pl_module, trainer.strategy.batch_to_device(batch))
-            with _evaluating(pl_module):
+            with evaluating(pl_module):
                 _add_squares(pl_module, parameters, x, y, self.fisher, generator, total)
             count += len(y)
         if trainer.world_size == 1:

@@ -18,8 +18,9 @@ Tensors = dict[str, Tensor]
 
 
 class QuadraticPenalty(Callback):
-    r"""Base: adds the gradient of :math:`\frac{strength}{2} \sum_i \Omega_i (\theta_i - \theta^*_i)^2` before each step.
+    r"""Base: adds the gradient of a penalty before each step.
 
+    It is :math:`\frac{strength}{2} \sum_i \Omega_i (\theta_i - \theta^*_i)^2`.
     Gradients are edited, not losses, so that it serves backprop and alternating minimization alike. Parameters that
     have no gradient in a batch are left alone.
 
@@ -63,13 +64,13 @@ class QuadraticPenalty(Callback):
         """Add the penalty's gradient to ``.grad``."""
         if not self.importance:
             return
-        held = [(p, n) for n, p in trained(pl_module).items() if p.grad is not None and n in self.importance]
-        if not held:
-            return
-        parameters = [p for p, _ in held]
-        pull = torch._foreach_sub(parameters, [self.anchor[n].to(p.device) for p, n in held])
-        torch._foreach_mul_(pull, [self.importance[n].to(p.device) for p, n in held])
-        torch._foreach_add_([p.grad for p in parameters], pull, alpha=self.strength)
+        for name, parameter in trained(pl_module).items():
+            if parameter.grad is None or name not in self.importance:
+                continue
+            if self.importance[name].device != parameter.device:  # loaded from a checkpoint
+                self.importance[name] = self.importance[name].to(parameter.device)
+                self.anchor[name] = self.anchor[name].to(parameter.device)
+            parameter.grad.addcmul_(self.importance[name], parameter - self.anchor[name], value=self.strength)
 
     @property
     def state_bytes(self) -> int:

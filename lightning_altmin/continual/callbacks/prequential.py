@@ -10,8 +10,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_altmin.continual.accuracy_matrix import count_correct
-from lightning_altmin.continual.callbacks.evaluation import _evaluating, _trained
-from lightning_altmin.continual.callbacks.stream_access import inputs_and_labels, stream_data
+from lightning_altmin.continual.callbacks.stream_access import (
+    evaluating,
+    inputs_and_labels,
+    stream_data,
+    trained_batches,
+)
 
 
 class PrequentialAccuracy(Callback):
@@ -49,7 +53,7 @@ class PrequentialAccuracy(Callback):
         x, y = inputs_and_labels(pl_module, batch)
         replay = stream_data(trainer, self).replay
         new = len(y) if replay is None else replay.new_samples
-        with _evaluating(pl_module), isolate_rng(), trainer.precision_plugin.forward_context():
+        with evaluating(pl_module), isolate_rng(), trainer.precision_plugin.forward_context():
             correct = count_correct(pl_module(x[:new]), y[:new])
         self._counts = self._counts.to(correct.device) + torch.stack([correct, correct.new_tensor(new)])
 
@@ -57,7 +61,7 @@ class PrequentialAccuracy(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log."""
-        if _trained(trainer) % self.log_every_n_batches == 0:
+        if trained_batches(trainer) % self.log_every_n_batches == 0:
             value = float(self.compute())
             for logger in trainer.loggers:
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped

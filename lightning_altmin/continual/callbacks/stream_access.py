@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -9,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_altmin.continual.data_module import StreamDataModule, TaskStreamDataModule
+from lightning_altmin.trainer_progress import TrainerProgress
 
 
 def stream_data(trainer: Trainer, callback: Callback) -> StreamDataModule:
@@ -45,3 +48,20 @@ def inputs_and_labels(pl_module: LightningModule, batch: Any) -> tuple[Tensor, T
     unpack = getattr(pl_module, "unpack", None)
     x, y = unpack(batch) if callable(unpack) else (batch[0], batch[1])
     return x, y
+
+
+@contextmanager
+def evaluating(module: LightningModule) -> Iterator[None]:
+    """Evaluation mode, and afterwards every submodule in the mode it was in."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def trained_batches(trainer: Trainer) -> int:
+    """Batches trained by the whole run."""
+    return TrainerProgress(trainer).trained_batches()

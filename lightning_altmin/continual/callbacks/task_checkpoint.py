@@ -8,8 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_altmin.continual.callbacks.evaluation import _trained
-from lightning_altmin.continual.callbacks.stream_access import stream_data
+from lightning_altmin.continual.callbacks.stream_access import stream_data, trained_batches
 from lightning_altmin.continual.task import Task
 
 
@@ -54,7 +53,7 @@ class TaskCheckpoint(Checkpoint):
     ) -> None:
         """Save the newest state, unless the epoch's end is about to do it."""
         last = batch_idx + 1 >= trainer.num_training_batches
-        if self.every_n_batches is not None and not last and _trained(trainer) % self.every_n_batches == 0:
+        if self.every_n_batches is not None and not last and trained_batches(trainer) % self.every_n_batches == 0:
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
