@@ -8,17 +8,19 @@ from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.step import Step
-from lightning_altmin.weights import LocalGradient, WeightSolver
+from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, LocalGradient, WeightSolver
 
 __all__ = [
     "AltMin",
     "AltMinModule",
     "AltMinObjective",
     "BackpropModule",
+    "CoactivationMemory",
     "CodeSolver",
     "CodedNetwork",
     "CurvatureCodes",
     "GradientCodes",
+    "LayerwiseWeights",
     "LineSearchCodes",
     "LocalGradient",
     "Step",

@@ -82,7 +82,7 @@ class AltMin(nn.Module):
         self._guard: Guard = guard_for(torch.device("cpu"), nonfinite)
         self._guarded = "cpu"
         self._norms = batch_norms([self.network])
-        self._buffer_owners = buffer_owners(self.network, self.codes)
+        self._buffer_owners = buffer_owners(self.network, self.codes, self.weights)
         self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple: not registered twice
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
@@ -184,6 +184,7 @@ class AltMin(nn.Module):
         if frees:
             gradients += self.weights.gradients(self.weight_problem(step, 0))
             step.codes_forward, step.moves = [], []
+            gradients = self.weights.complete(gradients)
             step._solved = gradients, is_bad(gradients, self._evidence(step))
 
     @torch.no_grad()
@@ -212,6 +213,7 @@ class AltMin(nn.Module):
             gradients += self.weights.gradients(problem)
             if step._keep and inner == 0 and problem.residual is not None:
                 step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
+        gradients = self.weights.complete(gradients)
         return gradients, is_bad(gradients, self._evidence(step))
 
     # ---------------------------------------------------------------- the problems, one at a time
@@ -258,6 +260,7 @@ class AltMin(nn.Module):
             loss=self.local_loss,
             y=step.y,
             signal=None if stage.is_output else step._signals[level],
+            number=step.number,
         )
 
     # ---------------------------------------------------------------- state
@@ -301,8 +304,8 @@ class AltMin(nn.Module):
         self.batches_seen = int(state)
 
     def explain(self, x: Tensor | None = None) -> str:
-        """A table of the stages; see `CodedNetwork.explain`."""
-        return self.coded.explain(x)
+        """A table of the stages, see `CodedNetwork.explain`, and what the weight solver keeps for them."""
+        return "\n\n".join(part for part in (self.coded.explain(x), self.weights.explain()) if part)
 
     def verify(self, x: Tensor, y: Any, tolerance: float = 1e-10) -> Verification:
         """Compare this model's engines with autograd on a batch, leaving everything as it was; see `verify`."""
@@ -311,6 +314,7 @@ class AltMin(nn.Module):
     def _evidence(self, step: Step) -> list[Tensor]:
         # BatchNorm divides by its deviation, so a huge value spoils the running variance and no gradient.
         evidence = [step.loss, *(n.running_var.sum() for n in self._norms if n.running_var is not None)]
+        evidence += self.weights.evidence()
         if isinstance(self.local_loss, CrossEntropy) and step.y is not step._given:
             evidence.append(
                 self.local_loss.labels_fit(step.output, step._given)

@@ -43,6 +43,11 @@ class CompiledBatch:
                 )
         if core.weights.steps > 1:
             raise ValueError(f"compile={mode!r} takes one weight step per batch, weights.steps is {core.weights.steps}")
+        if not core.weights.traceable:
+            raise ValueError(
+                f"compile={mode!r} cannot hold what {type(core.weights).__name__} keeps from batch to batch; use "
+                "compile=False"
+            )
         self._core, self._mode = core, mode
         self._output_shapes: dict[torch.Size, torch.Size] = {}
         self._function: Any = None

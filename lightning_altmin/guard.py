@@ -28,19 +28,31 @@ class NonFiniteError(RuntimeError):
 class Buffers:
     """Buffers before a batch, to put back if the batch is bad or fails.
 
+    An owner whose attribute ``replaces_buffers`` is true never writes into its buffers but sets new ones: its old ones
+    are kept as they are, without a copy.
+
     Args:
         owners: Modules whose own buffers these are, as `buffer_owners` finds them.
     """
 
     def __init__(self, owners: Sequence[nn.Module]) -> None:
-        self._buffers = [buffer for owner in owners for buffer in owner._buffers.values() if buffer is not None]
+        written = [owner for owner in owners if not getattr(owner, "replaces_buffers", False)]
+        self._buffers = [buffer for owner in written for buffer in owner._buffers.values() if buffer is not None]
         self._before = [buffer.clone() for buffer in self._buffers]
+        self._replaced = [
+            (owner, name, buffer)
+            for owner in owners
+            if getattr(owner, "replaces_buffers", False)
+            for name, buffer in owner._buffers.items()
+        ]
 
     def restore(self) -> None:
         """Put all buffers back."""
         with torch.no_grad():
             for buffer, before in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(before)
+        for owner, name, old in self._replaced:
+            owner._buffers[name] = old
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -56,6 +68,10 @@ class Buffers:
         with torch.no_grad():
             for buffer, before in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(torch.where(bad, before, buffer))
+            for owner, name, old in self._replaced:
+                now = owner._buffers[name]
+                if now is not old and now is not None and old is not None:
+                    owner._buffers[name] = torch.where(bad, old, now)
 
 
 def buffer_owners(*modules: nn.Module) -> list[nn.Module]:

@@ -37,6 +37,16 @@ class AutogradMap(StageMap):
                 self._output = self._evaluate(self._x)
         return self._output
 
+    def layer_input(self, layer: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        try:
+            with torch.no_grad():
+                self._output = self._evaluate(self._x)
+        finally:
+            hook.remove()
+        return seen[0]
+
     def _differentiate(
         self, x: Tensor, targets: Sequence[Tensor], grad_output: Tensor, used: bool = True
     ) -> tuple[Tensor | None, ...]:

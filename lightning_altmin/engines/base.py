@@ -34,6 +34,10 @@ class StageMap(ABC):
         return self.output() - base_output
 
     @abstractmethod
+    def layer_input(self, layer: nn.Module) -> Tensor:
+        """What one of the stage's own modules is given, for a solver that keeps statistics of it."""
+
+    @abstractmethod
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         """Vector-Jacobian product with respect to the stage's input: a new tensor, which the caller may overwrite."""
 

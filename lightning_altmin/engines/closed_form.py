@@ -28,6 +28,9 @@ class ClosedFormMap(StageMap):
             move = here.rule.change(move, there, here)
         return move
 
+    def layer_input(self, layer: nn.Module) -> Tensor:
+        return next(point.x for point in self._points if point.rule.module is layer)
+
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         for point in reversed(self._points):
             grad_output = point.rule.input_gradient(grad_output, point)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class WeightProblem:
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
             coupling's gradient is divided by it. A positive factor leaves the coupling's minimum where it is; this one
             keeps the gradient's size from following the code solver's step lengths. `None` with several weight steps.
+        number: Number of the batch, counted from 0 since training began.
     """
 
     objective: AltMinObjective
@@ -53,8 +54,13 @@ class WeightProblem:
     loss: LocalLoss
     y: Any
     signal: Tensor | None = None
+    number: int = 0
     residual: Tensor | None = None
-    """``f(input) - target`` of a hidden stage, set by `gradients`."""
+    """``f(input) - target`` of a hidden stage, set by `output_gradient`."""
+    # Kept once computed; a cached_property would hold a lock, which cannot be traced.
+    _live: StageMap | None = field(default=None, repr=False)
+    _output_gradient: Tensor | None = field(default=None, repr=False)
+    _smooth: Gradients | None = field(default=None, repr=False)
 
     @property
     def known(self) -> bool:
@@ -74,22 +80,42 @@ class WeightProblem:
 
     def gradients(self) -> Gradients:
         """Gradients of this problem alone with respect to the stage's trainable parameters."""
-        stage = self.stage.live(self.input, self.state)
-        gradients = stage.parameter_gradients(self._output_gradient(stage))
+        gradients = self.smooth_gradients
         if self.objective.lambda_w > 0:
             gradients = [(p, g if (l1 := self._sparsity(p)) is None else g + l1) for p, g in gradients]
         return gradients
 
-    def _output_gradient(self, stage: StageMap) -> Tensor:
+    @property
+    def smooth_gradients(self) -> Gradients:
+        """`gradients` without the l1 term."""
+        if self._smooth is None:
+            self._smooth = self.live.parameter_gradients(self.output_gradient)
+        return self._smooth
+
+    @property
+    def live(self) -> StageMap:
+        """The stage at ``input``."""
+        if self._live is None:
+            self._live = self.stage.live(self.input, self.state)
+        return self._live
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Gradient of this problem, the l1 term left out, with respect to the stage's output."""
+        if self._output_gradient is None:
+            self._output_gradient = self._find_output_gradient()
+        return self._output_gradient
+
+    def _find_output_gradient(self) -> Tensor:
         if self.move is None:
-            return self.loss.mean_gradient(self.forward_output if self.known else stage.output(), self.y)
+            return self.loss.mean_gradient(self.forward_output if self.known else self.live.output(), self.y)
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
         if self.known:
             self.residual = -self.move
         elif self.forward_input is None or self.input_move is None:
-            self.residual = stage.output() - self.forward_output - self.move
+            self.residual = self.live.output() - self.forward_output - self.move
         else:
-            self.residual = stage.change(self.forward_input, self.forward_output, self.input_move) - self.move
+            self.residual = self.live.change(self.forward_input, self.forward_output, self.input_move) - self.move
         gradient = self.objective.weight_coupling_gradient(self.residual)
         return gradient if self.signal is None else gradient / self.signal
 
@@ -106,10 +132,12 @@ class WeightSolver(nn.Module, ABC):
     Attributes:
         inputs: Which codes the weight step reads; override `inputs_of` to choose per stage.
         steps: Weight steps per batch, >= 1. All of them together are one optimization step of the batch.
+        traceable: Whether `gradients` can be part of a compiled graph: it keeps nothing from batch to batch.
     """
 
     inputs: Inputs = "moved"
     steps: int = 1
+    traceable: bool = True
 
     def inputs_of(self, stage: Stage) -> Inputs:
         """Which codes the weight step of this stage reads."""
@@ -126,3 +154,18 @@ class WeightSolver(nn.Module, ABC):
     @abstractmethod
     def gradients(self, problem: WeightProblem) -> Gradients:
         """The direction in which the optimizer is to change each parameter of one stage (it will subtract it)."""
+
+    def complete(self, gradients: Gradients) -> Gradients:
+        """Called once per weight step with what `gradients` gave for all stages; returns what is to be used.
+
+        For what needs all stages at once, such as one collective over processes.
+        """
+        return gradients
+
+    def evidence(self) -> Sequence[Tensor]:
+        """Scalars that a batch's statistics made and that must be finite for the batch to be used."""
+        return ()
+
+    def explain(self) -> str:
+        """What the solver keeps and costs per layer; empty if there is nothing to say."""
+        return ""

@@ -1,0 +1,339 @@
+"""AM-mem beside backprop in the first mini-batches, and what its settings do.
+
+    python examples/memory.py tune  --suite mlp_100 --root data
+    python examples/memory.py final --suite mlp_100 --root data
+    python examples/memory.py sweep --suite lenet --root data
+    python examples/memory.py table
+    python examples/memory.py plot
+
+`tune` holds out a sixth of the training set and runs backprop with Adam and with SGD (momentum 0.9) at several rates;
+`final` trains on the whole of it and reports the test set after some numbers of mini-batches, backprop with the rate
+that was best *for that number of batches*, AM-mem with its default settings for all of them. `sweep` trains AM-mem at
+the corners and in the middle of the range of its settings. Every finished run is written at once to
+docs/results/memory.csv, a row per number of batches; a run whose rows exist is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_altmin import AltMin, CoactivationMemory
+from lightning_altmin.data import ImageFolderDataModule, VisionDataModule
+from lightning_altmin.guard import NonFiniteError
+from lightning_altmin.nn import MLP, ConvNet, LeNet5
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "memory.csv"
+RATES = {
+    "Adam": (0.001, 0.002, 0.004, 0.006, 0.008, 0.012, 0.016),
+    "SGD": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+}
+MEMORY = "AM-mem"
+DEFAULT = "step=0.8 ridge=1.0 every=10"
+SWEPT = [
+    f"step={step} ridge={ridge} every={every}"
+    for step, ridge, every in (
+        *itertools.product((0.1, 0.4, 0.8, 1.0), (0.1, 0.3, 1.0, 3.0, 10.0), (10,)),
+        *itertools.product((0.8, 1.0), (0.1, 1.0), (1, 50)),
+    )
+]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A network, its data, and the numbers of batches after which it is judged."""
+
+    network: Callable[[], nn.Module]
+    batch: int
+    marks: tuple[int, ...]
+    data: Callable[[str, float], Any]
+    tune_seeds: int = 3
+
+
+def mnist(root: str, held_out: float) -> Any:
+    return VisionDataModule("MNIST", root=root, batch_size=200, val_split=held_out)
+
+
+def cifar10(root: str, held_out: float) -> Any:
+    return ImageFolderDataModule(root, batch_size=200, val_split=held_out, augment=False)
+
+
+SUITES = {
+    "mlp_100": Suite(functools.partial(MLP, 784, [100, 100], 10), 200, (25, 100, 300), mnist),
+    "mlp_500": Suite(functools.partial(MLP, 784, [500, 500], 10), 200, (25, 100, 300), mnist),
+    "lenet": Suite(LeNet5, 128, (25, 100, 468), mnist, tune_seeds=2),
+    "cifar10_mlp": Suite(functools.partial(MLP, 3072, [500, 500], 10), 200, (100, 500), cifar10),
+    "cifar10_conv": Suite(functools.partial(ConvNet, 3, 10, channels=(16, 32, 64)), 128, (100, 300), cifar10),
+    "cifar10_conv_plain": Suite(
+        functools.partial(ConvNet, 3, 10, channels=(16, 32, 64), batch_norm=False), 128, (100, 300), cifar10
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The accuracy of one run after some number of batches; 0 once it has diverged."""
+
+    suite: str
+    phase: str
+    method: str
+    setting: str
+    seed: int
+    batches: int
+    accuracy: float = math.nan
+    loss: float = math.nan
+
+    @property
+    def run(self) -> tuple[str, ...]:
+        return self.suite, self.phase, self.method, self.setting, str(self.seed)
+
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def backprop(network: nn.Module, method: str, rate: float) -> Step:
+    optimizer: torch.optim.Optimizer
+    if method == "Adam":
+        optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
+    else:
+        optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, fused=True)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def memory(network: nn.Module, setting: str) -> Step:
+    values = {key: float(value) for key, value in (pair.split("=") for pair in setting.split())}
+    weights = CoactivationMemory(step=values["step"], ridge=values["ridge"], every=int(values["every"]))
+    core = AltMin(network, nn.CrossEntropyLoss(), weights=weights)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        core.step(x, y, keep_codes=False)
+
+    return step
+
+
+class Samples:
+    """A data module's samples as tensors: those to train on, and those to judge by."""
+
+    def __init__(self, name: str, root: str, held_out: float) -> None:
+        module = SUITES[name].data(root, held_out)
+        module.prepare_data()
+        module.setup("fit")
+        module.setup("test")
+        self.train = self._all(module.train_dataloader())
+        self.judged = self._all(module.val_dataloader() if held_out else module.test_dataloader())
+
+    @staticmethod
+    def _all(loader: Any) -> tuple[Tensor, Tensor]:
+        batches = list(loader)
+        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Epochs in a random order, without the last smaller batch."""
+        x, y = self.train
+        made = 0
+        while True:
+            for chosen in torch.randperm(len(x)).split(size):
+                if len(chosen) == size:
+                    yield x[chosen], y[chosen]
+                    made += 1
+                    if made == count:
+                        return
+
+
+@torch.no_grad()
+def judge(network: nn.Module, samples: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Accuracy and mean loss."""
+    network.eval()
+    x, y = samples
+    outputs = torch.cat([network(part) for part in x.split(1000)])
+    network.train()
+    return float((outputs.argmax(1) == y).float().mean()), float(functional.cross_entropy(outputs, y))
+
+
+def train(run: tuple[str, str, str, str, int], samples: Samples) -> list[Row]:
+    """One run, judged at its suite's marks."""
+    suite_name, phase, method, setting, seed = run
+    suite = SUITES[suite_name]
+    torch.manual_seed(seed)  # the same weights and the same order of batches for all methods
+    network = suite.network()
+    step = memory(network, setting) if method == MEMORY else backprop(network, method, float(setting))
+    rows, diverged = [], False
+    for number, (x, y) in enumerate(samples.batches(suite.batch, suite.marks[-1]), 1):
+        if not diverged:
+            try:
+                step(x, y)
+            except NonFiniteError:
+                diverged = True
+        if number in suite.marks:
+            accuracy, loss = (0.0, math.nan) if diverged else judge(network, samples.judged)
+            rows.append(Row(suite_name, phase, method, setting, seed, number, accuracy, loss))
+    return rows
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    types: dict[str, Any] = {"int": int, "float": float, "str": str}
+    with path.open() as file:
+        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def best(rows: list[Row], suite: str, method: str, batches: int) -> str:
+    """The rate with the highest accuracy on the samples held out, after this number of batches; a mean over seeds."""
+    tuned = [r for r in rows if (r.suite, r.phase, r.method, r.batches) == (suite, "tune", method, batches)]
+    if not tuned:
+        raise SystemExit(f"no tuning runs of {method} on {suite}: run `tune` first")
+    settings = dict.fromkeys(r.setting for r in tuned)
+    return max(settings, key=lambda s: statistics.mean(r.accuracy for r in tuned if r.setting == s))
+
+
+def planned(phase: str, name: str, rows: list[Row], seeds: int) -> list[tuple[str, str, str, str, int]]:
+    suite = SUITES[name]
+    if phase == "sweep":
+        return [(name, phase, MEMORY, setting, 100) for setting in SWEPT]
+    if phase == "tune":
+        tried = [(method, str(rate)) for method, rates in RATES.items() for rate in rates]
+        return [(name, phase, method, rate, 100 + seed) for seed in range(suite.tune_seeds) for method, rate in tried]
+    chosen = [(MEMORY, DEFAULT)]
+    for method in RATES:
+        chosen += dict.fromkeys((method, best(rows, name, method, mark)) for mark in suite.marks)
+    return [(name, phase, method, setting, seed) for seed in range(seeds) for method, setting in chosen]
+
+
+def execute(phase: str, name: str, root: str, path: Path, seeds: int) -> None:
+    samples = None
+    for run in planned(phase, name, read(path), seeds):
+        if (*run[:-1], str(run[-1])) in {row.run for row in read(path)}:
+            continue
+        if samples is None:
+            samples = Samples(name, root, 0.0 if phase == "final" else 1 / 6)
+        rows = train(run, samples)
+        append(path, rows)
+        print(*run, *(f"{100 * row.accuracy:.2f}" for row in rows), flush=True)
+
+
+def curves(rows: list[Row], suite: str, method: str) -> dict[int, dict[int, float]]:
+    """Final accuracies in percent by number of batches and seed, backprop at its best rate for that number."""
+    found: dict[int, dict[int, float]] = {}
+    for mark in SUITES[suite].marks:
+        setting = DEFAULT if method == MEMORY else best(rows, suite, method, mark)
+        found[mark] = {
+            r.seed: 100 * r.accuracy
+            for r in rows
+            if (r.suite, r.phase, r.method, r.setting, r.batches) == (suite, "final", method, setting, mark)
+        }
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """Means over seeds, paired differences with 95 % intervals (t distribution), and the sweeps' extremes."""
+    quantile = {2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 %, degrees of freedom = seeds - 1
+    lines = [
+        "| network | batches | AM-mem % | Adam % (rate) | AM-mem - Adam | SGD % (rate) | AM-mem - SGD |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
+        ours = curves(rows, suite, MEMORY)
+        for mark in SUITES[suite].marks:
+            cells = [f"{suite} | {mark} | {_spread(list(ours[mark].values()))}"]
+            for method in RATES:
+                theirs = curves(rows, suite, method)[mark]
+                difference = [ours[mark][s] - theirs[s] for s in sorted(ours[mark].keys() & theirs.keys())]
+                half = math.nan
+                if len(difference) > 1:
+                    deviation = statistics.stdev(difference)
+                    half = quantile.get(len(difference) - 1, 12.71) * deviation / math.sqrt(len(difference))
+                rate = best(rows, suite, method, mark)
+                cells.append(
+                    f"{_spread(list(theirs.values()))} ({rate}) | {statistics.mean(difference):+.2f} ± {half:.2f}"
+                )
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| network | batches | settings | worst % | its setting | best % | its setting |", "|" + " --- |" * 7]
+    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "sweep"):
+        mark = SUITES[suite].marks[-1]
+        swept = sorted((r for r in rows if (r.suite, r.phase, r.batches) == (suite, "sweep", mark)), key=_accuracy)
+        ends = [f"{100 * r.accuracy:.2f} | {r.setting}" for r in (swept[0], swept[-1])]
+        lines.append(f"| {suite} | {mark} | {len(swept)} | " + " | ".join(ends) + " |")
+    return "\n".join(lines)
+
+
+def _accuracy(row: Row) -> float:
+    return row.accuracy
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.2f}"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
+    from matplotlib import pyplot
+
+    suites = list(dict.fromkeys(r.suite for r in rows if r.phase == "final"))
+    figure, axes = pyplot.subplots(1, len(suites), figsize=(4 * len(suites), 3.2), squeeze=False)
+    for axis, suite in zip(axes[0], suites, strict=True):
+        for method in (MEMORY, *RATES):
+            found = curves(rows, suite, method)
+            means = [statistics.mean(found[mark].values()) for mark in found]
+            spread = [statistics.stdev(found[mark].values()) for mark in found]
+            label = "AM-mem, default settings" if method == MEMORY else f"backprop, {method}, best rate at each point"
+            axis.errorbar(range(len(found)), means, spread, marker="o", capsize=3, label=label)
+        axis.set_xticks(range(len(SUITES[suite].marks)), [str(mark) for mark in SUITES[suite].marks])
+        axis.set(title=suite, xlabel="mini-batches")
+    axes[0][0].set_ylabel("test accuracy, %")
+    axes[0][0].legend(fontsize="x-small", loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("tune", "final", "sweep", "table", "plot"))
+    parser.add_argument("--suite", choices=tuple(SUITES), default="mlp_100")
+    parser.add_argument("--root", default="data", help="folder of MNIST, or of the CIFAR-10 image folders")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.command == "table":
+        print(table(read(arguments.results)))
+    elif arguments.command == "plot":
+        plot(read(arguments.results), arguments.results.with_suffix(".svg"))
+    else:
+        execute(arguments.command, arguments.suite, arguments.root, arguments.results, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

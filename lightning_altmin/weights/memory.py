@@ -1,0 +1,296 @@
+"""AM-mem: each layer remembers sums of products of all it has seen, and takes its weights or its steps from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_altmin.engines import Gradients
+from lightning_altmin.network import Stage
+from lightning_altmin.optim import LayerwiseOptimizer
+from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
+from lightning_altmin.weights.innovation import InnovationForm, Positions
+from lightning_altmin.weights.layer_statistics import LayerStatistics
+from lightning_altmin.weights.least_squares import Cholesky, CoordinateDescent, SolveForm
+from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer, least_squares_layer
+from lightning_altmin.weights.limited_descent import LimitedDescent
+from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
+from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
+from lightning_altmin.weights.memory_form import Memory, MemoryForm
+from lightning_altmin.weights.rank_sum import processes, sum_over_ranks
+
+Form = Literal["innovation", "solve"]
+Equations = Literal["cholesky", "bcd"]
+
+
+class CoactivationMemory(WeightSolver):
+    r"""The co-activation memory (arXiv 1806.09077, AM-mem): layers with sufficient statistics of their inputs.
+
+    Every layer keeps :math:`A = \sum a a^\top` of its inputs ``a``, discounted by ``forgetting`` per measurement; a
+    trained bias is an appended one. Convolutions count every position of every sample.
+
+    ``form="innovation"``, the default: :math:`W \leftarrow W + step \cdot \overline{D a^\top} (\bar A + ridge)^{-1}`,
+    bars for means,
+    ``D`` the change that the layer's own problem asks of its output: minus
+    its gradient, which with one code step and forward inputs is backprop's. So this form is then backprop
+    preconditioned by the inputs' second moments. The output layer takes part with the gradient of the loss.
+
+    ``form="solve"``, the paper's: :math:`B = \sum c a^\top` is kept too, and every ``every`` batches ``W`` becomes the
+    ridge solution (``solver="cholesky"``) or moves towards it by one sweep of `bcd` (``"bcd"``). The output layer is
+    fitted to one-hot labels, or to the targets of a regression.
+
+    Args:
+        form: ``"innovation"`` or ``"solve"``.
+        solver: ``"cholesky"`` or ``"bcd"``; of the solve form.
+        ridge: Relative to mean(diag A). Innovation: in [0.1, 10], 1 if not given. Cholesky: >= 0, 1e-3 if not given.
+        forgetting: Discount per measurement, in (0, 1]; if not given, 0.95 (innovation) or 1 (solve).
+        step: Step of the innovation form, in (0, 1]; 0.8 if not given. It is the optimizer's learning rate, which
+            schedules may change.
+        limit: Largest change of a layer in one step of the innovation form, relative to its norm, > 0; ``None`` for no
+            bound, and then large steps diverge in networks with convolutions.
+        positions: What the innovation form divides a convolution's sum over positions by: ``"mean"``, their number, or
+            its ``"root"``. Changes asked for at neighbouring positions agree in part, so their mean is a timid step.
+        rank: Keep only this many leading directions of A, >= 1, in layers with more inputs than that: for wide layers,
+            in the innovation form.
+        every: Batches from one use of new statistics to the next, >= 1. The innovation form measures at these batches
+            (and at 1, 2, 4, ... before the first of them); the solve form solves at them and measures at all.
+        lambda_w: Threshold of the shrinkage of ``"bcd"``, >= 0.
+        inputs: Which codes are the layers' inputs; if not given, ``"forward"`` (innovation) or ``"moved"`` (solve).
+        optimizer: Makes the optimizer of parameters that no memory holds: scales of a BatchNorm, a PReLU.
+
+    Raises:
+        ValueError: If a setting is out of its range or belongs to the other form; from `optimizer`, if a layer is
+            neither Linear nor Conv2d, or a convolution has groups.
+
+    The whole of a batch is one optimizer step. ``LayerwiseWeights`` combines memories with other solvers:
+    ``LayerwiseWeights({"output": LocalGradient(), "default": CoactivationMemory()})``. Several processes sum their
+    statistics whenever they are used anew and before they are saved.
+    """
+
+    traceable = False
+
+    def __init__(
+        self,
+        form: Form = "innovation",
+        solver: Equations | None = None,
+        ridge: float | None = None,
+        forgetting: float | None = None,
+        step: float | None = None,
+        limit: float | None = 0.2,
+        positions: Positions = "root",
+        rank: int | None = None,
+        every: int = 10,
+        lambda_w: float = 0.0,
+        inputs: Inputs | None = None,
+        optimizer: OptimizerFactory = adam,
+    ) -> None:
+        super().__init__()
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer >= 1, got {every}")
+        if forgetting is not None and not 0 < forgetting <= 1:
+            raise ValueError(f"forgetting must lie in (0, 1], got {forgetting}")
+        if inputs not in (None, "moved", "forward"):
+            raise ValueError(f"inputs must be 'moved' or 'forward', got {inputs!r}")
+        if not callable(optimizer):
+            raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
+        self._form: MemoryForm
+        if form == "innovation":
+            if positions not in ("root", "mean"):
+                raise ValueError(f"positions must be 'root' or 'mean', got {positions!r}")
+            self._form = _innovation(solver, ridge, lambda_w, every, positions)
+            self.step = _in_range("step", 0.8 if step is None else step, 0, 1)
+        elif form == "solve":
+            if step is not None:
+                raise ValueError("step belongs to form='innovation': form='solve' goes to the solution itself")
+            self._form = _solve(solver, ridge, lambda_w, every)
+            self.step = 1.0
+        else:
+            raise ValueError(f"form must be 'innovation' or 'solve', got {form!r}")
+        if limit is not None and not limit > 0:
+            raise ValueError(f"limit must be a positive number or None, got {limit}")
+        if rank is not None and (form != "innovation" or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank must be an integer >= 1, with form='innovation', got {rank} with form={form!r}")
+        self.rank = rank
+        self.limit = limit if form == "innovation" else None
+        self.form = form
+        self.every = every
+        self.forgetting = (0.95 if form == "innovation" else 1.0) if forgetting is None else forgetting
+        self.inputs = ("forward" if form == "innovation" else "moved") if inputs is None else inputs
+        self._others = optimizer
+        self._memories: dict[str, Memory] = {}
+        self._statistics = nn.ModuleDict()
+        self._pending: list[tuple[Memory, Tensor | None]] = []
+        self._batch: int | None = None
+        self._measured = self._renews = False
+        self.register_state_dict_pre_hook(lambda *_: self.synchronize())  # type: ignore[no-untyped-call]
+
+    # ---------------------------------------------------------------- what the algorithm asks for
+
+    def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
+        self._remember(stages)
+        held, others = [], []
+        for stage in stages:
+            memory = self._memories.get(stage.name)
+            if memory is not None:
+                held.append({"params": memory.layer.parameters, "name": stage.name})
+            if rest := _beside(stage, memory):
+                others.append({"params": rest, "name": stage.name if memory is None else f"{stage.name} (rest)"})
+        if not held and not others:
+            raise ValueError("network has no trainable parameter")
+        children: dict[str, Optimizer] = {}
+        if held:
+            children["memory"] = LimitedDescent(held, lr=self.step, limit=self.limit)
+        if others:
+            made = self._others(others)
+            inner = made.children if isinstance(made, LayerwiseOptimizer) else {"others": made}
+            children |= {f"others/{name}" if name != "others" else name: child for name, child in inner.items()}
+        return LayerwiseOptimizer(children)
+
+    def gradients(self, problem: WeightProblem) -> Gradients:
+        memory = self._memories.get(problem.stage.name)
+        if memory is None:
+            return problem.gradients()
+        if problem.objective.lambda_w > 0:
+            raise ValueError(
+                f"the objective has lambda_w={problem.objective.lambda_w:g}, which a memory does not follow; use "
+                "CoactivationMemory(form='solve', solver='bcd', lambda_w=...)"
+            )
+        layer, statistics = memory.layer, memory.statistics
+        if problem.number != self._batch:  # what a batch that failed half-way has left behind
+            self._batch, self._pending = problem.number, []
+        self._measured, self._renews = self._form.measures(problem.number), self._form.renews(problem.number)
+        if self._measured:
+            target, mask = self._form.targets(problem, memory)
+            statistics.add(problem.live.layer_input(layer.layer), target, mask, self.forgetting, processes())
+        gradients: Gradients = []
+        if _beside(problem.stage, memory):
+            own = {id(p) for p in layer.parameters}
+            gradients = [(p, g) for p, g in problem.smooth_gradients if id(p) not in own]
+        if self._renews:
+            self._pending.append((memory, self._form.pending(problem, memory)))
+        elif (direction := self._form.direction(problem, memory)) is not None:
+            gradients += layer.split(direction)
+        return gradients
+
+    def complete(self, gradients: Gradients) -> Gradients:
+        if not self._renews:
+            return gradients
+        pending, self._pending = self._pending, []
+        self.synchronize()
+        for memory, part in pending:
+            gradients = gradients + memory.layer.split(self._form.renewed_direction(memory, part))
+        return gradients
+
+    def evidence(self) -> list[Tensor]:
+        return [memory.statistics.energy() for memory in self._memories.values()] if self._measured else []
+
+    # ---------------------------------------------------------------- the memories
+
+    def synchronize(self) -> None:
+        """Sum the statistics over processes, if they hold shares; all of them must call it, before a save for one."""
+        kept = [memory.statistics for memory in self._memories.values()]
+        sum_over_ranks([each for each in kept if isinstance(each, LayerStatistics)])
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Set the weights of all layers to what their statistics ask for now: at the end of a stream, say.
+
+        Raises:
+            ValueError: Unless ``form="solve"``.
+        """
+        if not isinstance(self._form, SolveForm):
+            raise ValueError(f"form={self.form!r} keeps no targets to solve for; use form='solve'")
+        self.synchronize()
+        for memory in self._memories.values():
+            for parameter, value in memory.layer.split(self._form.solution(memory)):
+                parameter.copy_(value)
+
+    def explain(self) -> str:
+        """What each memory holds, and what measuring a row (sample and position) and renewing it cost."""
+        rows = [("memory", "statistics", "megabytes", "multiply-adds per row measured", "per renewal")]
+        for memory in self._memories.values():
+            statistics = memory.statistics
+            held = sum(buffer.numel() * buffer.element_size() for buffer in statistics.buffers())
+            per_row, renewal = statistics.products
+            rows.append((memory.stage.name, statistics.shape, f"{held / 1e6:.2f}", f"{per_row:,}", f"{renewal:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, forgetting={self.forgetting:g}, every={self.every}, inputs={self.inputs!r}"
+
+    def _remember(self, stages: Sequence[Stage]) -> None:
+        """Make a memory for each trained layer, once; the optimizer may be asked for again.
+
+        Raises:
+            ValueError: If there are memories of another network's layers.
+        """
+        if self._memories:
+            known = {name: memory.layer.layer for name, memory in self._memories.items()}
+            here = {stage.name: stage.affine[0] for stage in stages}
+            if any(here.get(name) is not layer for name, layer in known.items()):
+                raise ValueError("weights: this CoactivationMemory belongs to another model; make one for each")
+            return
+        for stage in stages:
+            weight = getattr(stage.affine[0], "weight", None)
+            if not trainable(stage) or (isinstance(weight, nn.Parameter) and not weight.requires_grad):
+                continue
+            layer = least_squares_layer(stage)
+            statistics = self._new_statistics(layer)
+            memory = Memory(stage, layer, statistics)
+            self._form.check(memory)
+            self._memories[stage.name] = memory
+            self._statistics[stage.name.replace(".", "/")] = statistics
+
+    def _new_statistics(self, layer: LeastSquaresLayer) -> LayerStatistics | LowRankStatistics:
+        dtype = self._precision(layer.layer.weight)
+        if self.rank is not None and self.rank < layer.inputs:
+            return LowRankStatistics(layer, self.rank, dtype)
+        return LayerStatistics(layer, dtype, self._form.keeps_targets, self._form.keeps_inverse)
+
+    def _precision(self, weight: Tensor) -> torch.dtype:
+        """Sums over a whole stream need double precision; a moving average does with single."""
+        if weight.dtype == torch.float64 or (self.form == "solve" and weight.device.type != "mps"):
+            return torch.float64
+        return torch.float32
+
+
+def _beside(stage: Stage, memory: Memory | None) -> list[nn.Parameter]:
+    """Trained parameters of a stage that its memory does not hold."""
+    own = set() if memory is None else {id(p) for p in memory.layer.parameters}
+    return [p for p in trainable(stage) if id(p) not in own]
+
+
+def _in_range(name: str, value: float, low: float, high: float, low_is_allowed: bool = False) -> float:
+    above = value >= low if low_is_allowed else value > low
+    if not (math.isfinite(value) and above and value <= high):
+        raise ValueError(f"{name} must lie in {'[' if low_is_allowed else '('}{low}, {high}], got {value}")
+    return float(value)
+
+
+def _innovation(
+    solver: Equations | None, ridge: float | None, lambda_w: float, every: int, positions: Positions
+) -> InnovationForm:
+    if solver == "bcd" or lambda_w != 0:
+        raise ValueError(
+            f"solver={solver!r} and lambda_w={lambda_w} belong to form='solve'; form='innovation' inverts A"
+        )
+    ridge = _in_range("ridge", 1.0 if ridge is None else ridge, 0.1, 10, low_is_allowed=True)
+    return InnovationForm(ridge, every, positions)
+
+
+def _solve(solver: Equations | None, ridge: float | None, lambda_w: float, every: int) -> SolveForm:
+    if solver == "bcd":
+        if ridge is not None:
+            raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")
+        return SolveForm(CoordinateDescent(_in_range("lambda_w", lambda_w, 0, math.inf, low_is_allowed=True)), every)
+    if solver not in (None, "cholesky"):
+        raise ValueError(f"solver must be 'cholesky' or 'bcd', got {solver!r}")
+    if lambda_w != 0:
+        raise ValueError(f"lambda_w={lambda_w} belongs to solver='bcd': the ridge solution shrinks by its ridge")
+    return SolveForm(Cholesky(_in_range("ridge", 1e-3 if ridge is None else ridge, 0, 1e6, low_is_allowed=True)), every)
