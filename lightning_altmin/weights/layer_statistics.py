@@ -84,6 +84,12 @@ class LayerStatistics(nn.Module):
         if B is not None:
             self.B = B
 
+    def discount(self, factor: float) -> None:
+        """Multiply all sums; every process by itself, as each holds a share."""
+        self.A, self.rows = self.A * factor, self.rows * factor
+        if self.B is not None:
+            self.B = self.B * factor
+
     def mean(self) -> Tensor:
         """The mean of ``a a^T``, corrected for the bias of a moving average that began at zero."""
         return self.A / self.rows.clamp_min(1e-30)
@@ -94,7 +100,8 @@ class LayerStatistics(nn.Module):
 
     def renew(self, ridge: float) -> None:
         """Compute the damped inverse of the mean of ``a a^T``; ``ridge`` is relative to the mean of its diagonal."""
-        self.inverse = damped_inverse(self.mean(), ridge)
+        # contiguous, as a restored one is: products round by how their factors lie in memory
+        self.inverse = damped_inverse(self.mean(), ridge).contiguous()
 
     def preconditioned(self, matrix: Tensor) -> Tensor:
         """``matrix @ (A + ridge)^-1``, shape ``(any, inputs)``."""

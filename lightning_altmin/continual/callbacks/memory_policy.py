@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_altmin.callbacks.altmin_access import core_of
 from lightning_altmin.continual.callbacks.stream_access import stream_data
 from lightning_altmin.continual.task import Task
+from lightning_altmin.weights import CoactivationMemory
 
 Policy = Literal["keep", "decay", "reset"]
 
@@ -42,11 +43,13 @@ class MemoryPolicy(Callback):
         """Check that there is a stream, and a memory to treat."""
         if stage == "fit":
             stream_data(trainer, self)
-            if not callable(getattr(core_of(pl_module, self).weights, "discount", None)):
+            weights = core_of(pl_module, self).weights
+            if not any(isinstance(solver, CoactivationMemory) for solver in weights.modules()):
                 raise MisconfigurationException(
-                    f"MemoryPolicy needs a weight solver with a memory, such as CoactivationMemory, got "
-                    f"{type(core_of(pl_module, self).weights).__name__}"
+                    f"MemoryPolicy needs a weight solver with a memory, such as CoactivationMemory, got {weights}"
                 )
+            if unknown := set(self.stages or ()) - {stage.name for stage in core_of(pl_module, self).coded.stages}:
+                raise ValueError(f"stages names unknown layers {sorted(unknown)}; see core.explain()")
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """Keep, discount or forget."""
