@@ -450,6 +450,32 @@ def test_a_reset_memory_answers_for_the_last_task_only() -> None:
     assert float(kept[1][2]) > 0.8
 
 
+def test_weights_are_those_of_all_samples_at_the_end_of_a_task() -> None:
+    """Catches a task's last batches left out because the next solution was not due yet.
+
+    The oracle is ridge regression on the task's samples, in double precision.
+    """
+    network, seen = small_network(), []
+    for parameter in network[0].parameters():
+        parameter.requires_grad_(False)
+
+    class Keep(Callback):
+        def on_task_end(self, *rest: Any) -> None:
+            seen.append(torch.cat([network[2].weight, network[2].bias[:, None]], 1).detach().clone())
+
+    solver = CoactivationMemory(form="solve", every=1000, ridge=1e-2, inputs="forward")
+    fit(AltMinModule(network, weights=solver), blob_data(), MemoryPolicy(), Keep())
+    x, y = torch.empty(0, 8), torch.empty(0).long()
+    for task, weight in zip(blob_stream(), seen, strict=True):
+        own_x, own_y = task.train.read(torch.arange(48))
+        x, y = torch.cat([x, own_x]), torch.cat([y, own_y])
+        a = functional.pad(network[1](network[0](x)), (0, 1), value=1.0).double()
+        A = a.t() @ a
+        ridge = 1e-2 * A.diagonal().mean() * torch.eye(13, dtype=torch.float64)
+        expected = torch.linalg.solve(A + ridge, a.t() @ functional.one_hot(y, 6).double()).t()
+        torch.testing.assert_close(weight, expected.float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("call", [2, 3, 5])
 def test_memories_resume(call: int, tmp_path: Path) -> None:
     """Catches statistics that are lost, or discounted twice, by a run that is resumed."""

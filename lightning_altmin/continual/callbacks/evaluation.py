@@ -79,6 +79,8 @@ class ContinualEvaluation(Callback):
         # Counts are summed over processes before they are added, so the metrics must not do it again.
         self.matrix = TaskAccuracyMatrix(num_tasks, sync_on_compute=False)
         self.task_incremental = TaskAccuracyMatrix(num_tasks, classes, sync_on_compute=False)
+        labels = [label for group in classes or [] for label in group]
+        self._shares_classes = len(set(labels)) < len(labels)
         self._rows: list[list[float]] = []
         self._row_tasks: list[int] = []
         self._row_steps: list[int] = []
@@ -92,9 +94,13 @@ class ContinualEvaluation(Callback):
         return rows, torch.tensor(self._row_tasks), torch.tensor(self._row_steps)
 
     def summary(self) -> dict[str, float]:
-        """Every number of `lightning_altmin.continual.metrics` that this run defines, by name."""
+        """Every number of `lightning_altmin.continual.metrics` that this run defines, by name.
+
+        Forward transfer is left out where no two tasks share a class: it would say nothing of the method.
+        """
         initial = self.matrix.initial()
-        numbers = metrics.summary(self.matrix.compute(), None if bool(initial.isnan().any()) else initial)
+        transfers = self._shares_classes and not bool(initial.isnan().any())
+        numbers = metrics.summary(self.matrix.compute(), initial if transfers else None)
         numbers["task_incremental_accuracy"] = float(metrics.average_accuracy(self.task_incremental.compute()))
         if self.every_n_batches is not None:
             rows, task, _ = self.trajectory

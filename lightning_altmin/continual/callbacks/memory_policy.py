@@ -16,7 +16,11 @@ Policy = Literal["keep", "decay", "reset"]
 
 
 class MemoryPolicy(Callback):
-    """Discounts the statistics of a memory weight solver (AM-mem) at the start of every task but the first.
+    """What a memory weight solver (AM-mem) does at the boundaries of tasks.
+
+    At the start of every task but the first, statistics are discounted by the policy. At the end of each, memories of
+    the solve form solve for their weights, whatever their ``every``, so that all samples of the task are in them; put
+    this callback before those that evaluate.
 
     Statistics of the output layer are all that is needed to answer for earlier tasks as long as its inputs stay what
     they were: ``"keep"`` them with frozen or slowly changing features, ``"decay"`` them where features drift.
@@ -56,3 +60,9 @@ class MemoryPolicy(Callback):
         if task.index > 0 and self.policy != "keep":
             weights: Any = core_of(pl_module, self).weights
             weights.discount(self.factor if self.policy == "decay" else 0.0, self.stages)
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Solve for the weights."""
+        for solver in core_of(pl_module, self).weights.modules():
+            if isinstance(solver, CoactivationMemory) and solver.form == "solve":
+                solver.solve()
