@@ -84,6 +84,7 @@ class PrequentialAccuracy(Callback):
     def _total(self) -> Tensor:
         if self._trainer is None or self._trainer.world_size == 1:
             return self._counts
-        summed = self._trainer.strategy.reduce(self._counts.to(self._trainer.strategy.root_device), reduce_op="sum")
+        own = self._counts.to(self._trainer.strategy.root_device).clone()  # reduced in place
+        summed = self._trainer.strategy.reduce(own, reduce_op="sum")
         assert isinstance(summed, Tensor)
         return summed
