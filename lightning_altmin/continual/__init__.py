@@ -12,6 +12,7 @@ from lightning_altmin.continual.callbacks import (
     SynapticIntelligence,
     TaskCheckpoint,
     TaskEarlyStopping,
+    TaskLearningRates,
 )
 from lightning_altmin.continual.conversions import from_avalanche, from_continuum, from_datasets
 from lightning_altmin.continual.data_module import StreamDataModule, TaskStreamDataModule
@@ -47,6 +48,7 @@ __all__ = [
     "TaskAccuracyMatrix",
     "TaskCheckpoint",
     "TaskEarlyStopping",
+    "TaskLearningRates",
     "TaskStream",
     "TaskStreamDataModule",
     "from_avalanche",

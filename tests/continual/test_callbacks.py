@@ -24,6 +24,7 @@ from lightning_altmin.continual import (
     SynapticIntelligence,
     TaskCheckpoint,
     TaskEarlyStopping,
+    TaskLearningRates,
     TaskStreamDataModule,
 )
 from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, LocalGradient
@@ -498,3 +499,26 @@ def test_memory_policy_errors() -> None:
     for arguments in ({"policy": "some"}, {"policy": "decay", "factor": 1.0}):
         with pytest.raises(ValueError, match=list(arguments)[-1]):
             MemoryPolicy(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_learning_rates_fall_from_task_to_task(factor: float) -> None:
+    """Catches the first task's rate being lowered, other layers' rates, and layers that move although frozen."""
+    rates, ends = [], []
+
+    class Keep(Callback):
+        def on_task_end(self, trainer: Any, module: Any, task: Any) -> None:
+            rates.append({group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups})
+            ends.append(weights(module.network))
+
+    module = AltMinModule(small_network(), weights=LocalGradient(lambda p: torch.optim.Adam(p, lr=0.01)))
+    hidden, output = (stage.name for stage in module.core.coded.stages)
+    fit(module, blob_data(), TaskLearningRates(factor, [hidden]), Keep())
+    assert [rate[hidden] for rate in rates] == pytest.approx([0.01, 0.01 * factor, 0.01 * factor**2])
+    assert [rate[output] for rate in rates] == [0.01] * 3
+    assert torch.equal(ends[0]["0.weight"], ends[2]["0.weight"]) == (factor == 0)
+    assert not torch.equal(ends[0]["2.weight"], ends[2]["2.weight"])
+    with pytest.raises(ValueError, match="factor"):
+        TaskLearningRates(1.5)
+    with pytest.raises(MisconfigurationException, match="unknown parameter groups"):
+        fit(AltMinModule(small_network()), blob_data(), TaskLearningRates(stages=["nowhere"]))

@@ -26,7 +26,7 @@ def trained(folder: Path) -> int:
 
 def kill_after(process: subprocess.Popen[bytes], folder: Path, batches: int, delay: float) -> None:
     """Kill the process some time after a number of batches, wherever in the next one it then is."""
-    goal, deadline = trained(folder) + batches, time.monotonic() + 120
+    goal, deadline = trained(folder) + batches, time.monotonic() + 300
     while trained(folder) < goal:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run makes no progress"
@@ -53,8 +53,8 @@ def test_a_killed_stream_ends_as_if_nothing_had_happened(kind: str, tmp_path: Pa
         kill_after(start(kind, killed), killed, batches, draws.uniform(0, 0.06))
         assert not (killed / "final.pt").exists()
     last = start(kind, killed)
-    assert last.wait(120) == 0
-    assert undisturbed.wait(120) == 0
+    assert last.wait(300) == 0
+    assert undisturbed.wait(300) == 0
     expected, got = (torch.load(folder / "final.pt", weights_only=False) for folder in (whole, killed))
     assert expected["matrix"].isfinite().all()
     torch.testing.assert_close(expected.pop("matrix"), got.pop("matrix"), rtol=0, atol=0)

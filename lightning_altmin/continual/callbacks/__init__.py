@@ -8,6 +8,7 @@ from lightning_altmin.continual.callbacks.prequential import PrequentialAccuracy
 from lightning_altmin.continual.callbacks.synaptic_intelligence import SynapticIntelligence
 from lightning_altmin.continual.callbacks.task_checkpoint import TaskCheckpoint
 from lightning_altmin.continual.callbacks.task_early_stopping import TaskEarlyStopping
+from lightning_altmin.continual.callbacks.task_learning_rates import TaskLearningRates
 
 __all__ = [
     "ContinualEvaluation",
@@ -18,4 +19,5 @@ __all__ = [
     "SynapticIntelligence",
     "TaskCheckpoint",
     "TaskEarlyStopping",
+    "TaskLearningRates",
 ]
