@@ -294,7 +294,7 @@ def tuned(path: Path, suite: str, method: str) -> dict[str, float]:
     if not rows:
         return {}
     best = max(rows, key=lambda row: float(row["accuracy"]))
-    return dict((k, float(v)) for k, v in (pair.split("=") for pair in best["settings"].split()))
+    return {k: float(v) for k, v in (pair.split("=") for pair in best["settings"].split())}
 
 
 COLUMNS = (
