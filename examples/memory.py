@@ -3,13 +3,15 @@
     python examples/memory.py tune  --suite mlp_100 --root data
     python examples/memory.py final --suite mlp_100 --root data
     python examples/memory.py sweep --suite lenet --root data
+    python examples/memory.py study --suite lenet --root data
     python examples/memory.py table
     python examples/memory.py plot
 
 `tune` holds out a sixth of the training set and runs backprop with Adam and with SGD (momentum 0.9) at several rates;
 `final` trains on the whole of it and reports the test set after some numbers of mini-batches, backprop with the rate
 that was best *for that number of batches*, AM-mem with its default settings for all of them. `sweep` trains AM-mem at
-the corners and in the middle of the range of its settings. Every finished run is written at once to
+the corners and in the middle of the range of its settings, `study` with one of its parts left out or replaced, over
+several seeds; both judge by the samples held out. Every finished run is written at once to
 docs/results/memory.csv, a row per number of batches; a run whose rows exist is not repeated.
 """
 
@@ -49,6 +51,19 @@ SWEPT = [
         *itertools.product((0.8, 1.0), (0.1, 1.0), (1, 50)),
     )
 ]
+STUDIED = {
+    "mlp_100": ("", "inputs=moved", "limit=none", "forgetting=0.8", "forgetting=0.99"),
+    "mlp_500": ("", "rank=16", "rank=64", "rank=128"),
+    "lenet": ("", "limit=none", "positions=mean", "inputs=moved", "rank=32"),
+    "stream": tuple(
+        f"form=solve{solver} every=5{features} order={order}"
+        for solver in ("", " solver=bcd")
+        for features in (" features=frozen", "")
+        for order in ("shuffled", "sorted")
+    )
+    + ("order=shuffled", "order=sorted"),
+}
+STUDY_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ SUITES = {
     "mlp_100": Suite(functools.partial(MLP, 784, [100, 100], 10), 200, (25, 100, 300), mnist),
     "mlp_500": Suite(functools.partial(MLP, 784, [500, 500], 10), 200, (25, 100, 300), mnist),
     "lenet": Suite(LeNet5, 128, (25, 100, 468), mnist, tune_seeds=2),
+    "stream": Suite(functools.partial(MLP, 784, [500, 500], 10), 200, (250,), mnist),
     "cifar10_mlp": Suite(functools.partial(MLP, 3072, [500, 500], 10), 200, (100, 500), cifar10),
     "cifar10_conv": Suite(functools.partial(ConvNet, 3, 10, channels=(16, 32, 64)), 128, (100, 300), cifar10),
     "cifar10_conv_plain": Suite(
@@ -119,14 +135,32 @@ def backprop(network: nn.Module, method: str, rate: float) -> Step:
 
 
 def memory(network: nn.Module, setting: str) -> Step:
-    values = {key: float(value) for key, value in (pair.split("=") for pair in setting.split())}
-    weights = CoactivationMemory(step=values["step"], ridge=values["ridge"], every=int(values["every"]))
-    core = AltMin(network, nn.CrossEntropyLoss(), weights=weights)
+    values = parsed(setting)
+    if values.pop("features", None) == "frozen":
+        for layer in [m for m in network.modules() if isinstance(m, nn.Linear)][:-1]:
+            layer.requires_grad_(False)
+    values.pop("order", None)
+    core = AltMin(network, nn.CrossEntropyLoss(), weights=CoactivationMemory(**values))
 
     def step(x: Tensor, y: Tensor) -> None:
         core.step(x, y, keep_codes=False)
 
     return step
+
+
+def parsed(setting: str) -> dict[str, Any]:
+    """``"step=0.8 limit=none"`` as arguments of a memory, and what else the setting says."""
+    values: dict[str, Any] = {}
+    for pair in setting.split():
+        key, value = pair.split("=")
+        try:
+            values[key] = int(value)
+        except ValueError:
+            try:
+                values[key] = float(value)
+            except ValueError:
+                values[key] = None if value == "none" else value
+    return values
 
 
 class Samples:
@@ -145,12 +179,15 @@ class Samples:
         batches = list(loader)
         return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
-    def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Epochs in a random order, without the last smaller batch."""
+    def batches(self, size: int, count: int, by_class: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Epochs in a random order, or class by class, without the last smaller batch."""
         x, y = self.train
         made = 0
         while True:
-            for chosen in torch.randperm(len(x)).split(size):
+            order = torch.randperm(len(x))
+            if by_class:
+                order = order[torch.argsort(y[order], stable=True)]
+            for chosen in order.split(size):
                 if len(chosen) == size:
                     yield x[chosen], y[chosen]
                     made += 1
@@ -176,7 +213,8 @@ def train(run: tuple[str, str, str, str, int], samples: Samples) -> list[Row]:
     network = suite.network()
     step = memory(network, setting) if method == MEMORY else backprop(network, method, float(setting))
     rows, diverged = [], False
-    for number, (x, y) in enumerate(samples.batches(suite.batch, suite.marks[-1]), 1):
+    by_class = "order=sorted" in setting
+    for number, (x, y) in enumerate(samples.batches(suite.batch, suite.marks[-1], by_class), 1):
         if not diverged:
             try:
                 step(x, y)
@@ -219,6 +257,9 @@ def planned(phase: str, name: str, rows: list[Row], seeds: int) -> list[tuple[st
     suite = SUITES[name]
     if phase == "sweep":
         return [(name, phase, MEMORY, setting, 100) for setting in SWEPT]
+    if phase == "study":
+        seeds_used = range(100, 100 + STUDY_SEEDS)
+        return [(name, phase, MEMORY, setting, seed) for seed in seeds_used for setting in STUDIED.get(name, ())]
     if phase == "tune":
         tried = [(method, str(rate)) for method, rates in RATES.items() for rate in rates]
         return [(name, phase, method, rate, 100 + seed) for seed in range(suite.tune_seeds) for method, rate in tried]
@@ -282,6 +323,12 @@ def table(rows: list[Row]) -> str:
         swept = sorted((r for r in rows if (r.suite, r.phase, r.batches) == (suite, "sweep", mark)), key=_accuracy)
         ends = [f"{100 * r.accuracy:.2f} | {r.setting}" for r in (swept[0], swept[-1])]
         lines.append(f"| {suite} | {mark} | {len(swept)} | " + " | ".join(ends) + " |")
+    lines += ["", "| network | setting | accuracy % after batches |", "| --- | --- | --- |"]
+    for suite, setting in dict.fromkeys((r.suite, r.setting) for r in rows if r.phase == "study"):
+        studied = [r for r in rows if (r.suite, r.phase, r.setting) == (suite, "study", setting)]
+        at = {mark: [100 * r.accuracy for r in studied if r.batches == mark] for mark in SUITES[suite].marks}
+        cells = [f"{mark}: {_spread(values)}" for mark, values in at.items()]
+        lines.append(f"| {suite} | {setting or 'default'} | {'; '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -319,7 +366,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("tune", "final", "sweep", "table", "plot"))
+    parser.add_argument("command", choices=("tune", "final", "sweep", "study", "table", "plot"))
     parser.add_argument("--suite", choices=tuple(SUITES), default="mlp_100")
     parser.add_argument("--root", default="data", help="folder of MNIST, or of the CIFAR-10 image folders")
     parser.add_argument("--seeds", type=int, default=5)

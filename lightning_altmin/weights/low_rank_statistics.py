@@ -43,7 +43,7 @@ class LowRankStatistics(nn.Module):
         weight = layer.layer.weight
         # The same start in every run, process and device.
         start = torch.randn(layer.inputs, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self.register_buffer("directions", torch.linalg.qr(start).Q.to(weight.device, dtype))
+        self.register_buffer("directions", torch.linalg.qr(start).Q.contiguous().to(weight.device, dtype))
         for name in ("values", "gain"):
             self.register_buffer(name, torch.zeros(rank, dtype=dtype, device=weight.device))
         for name in ("trace", "rows", "base"):
@@ -67,7 +67,7 @@ class LowRankStatistics(nn.Module):
             self.rows = self.rows * forgetting + sum(rows.shape[0] for rows in parts)
             finite = small.sum().isfinite()  # eigh raises for what is not; a bad batch shows in the trace
             values, inner = torch.linalg.eigh(torch.where(finite, (small + small.t()) / 2, torch.zeros_like(small)))
-            self.directions, self.values = turned @ inner, values.clamp_min(0)
+            self.directions, self.values = (turned @ inner).contiguous(), values.clamp_min(0)
 
     def discount(self, factor: float) -> None:
         """Multiply all sums; directions stay where they are."""

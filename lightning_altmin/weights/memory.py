@@ -60,7 +60,8 @@ class CoactivationMemory(WeightSolver):
         every: Batches from one use of new statistics to the next, >= 1. The innovation form measures at these batches
             (and at 1, 2, 4, ... before the first of them); the solve form solves at them and measures at all.
         lambda_w: Threshold of the shrinkage of ``"bcd"``, >= 0.
-        inputs: Which codes are the layers' inputs; if not given, ``"forward"`` (innovation) or ``"moved"`` (solve).
+        inputs: Which codes are the layers' inputs; if not given, ``"forward"``, but for hidden layers of the solve form
+            ``"moved"``. The output layer's moved input knows the label: fitted to it, the layer would need that move.
         optimizer: Makes the optimizer of parameters that no memory holds: scales of a BatchNorm, a PReLU.
 
     Raises:
@@ -120,7 +121,7 @@ class CoactivationMemory(WeightSolver):
         self.form = form
         self.every = every
         self.forgetting = (0.95 if form == "innovation" else 1.0) if forgetting is None else forgetting
-        self.inputs = ("forward" if form == "innovation" else "moved") if inputs is None else inputs
+        self._inputs = inputs
         self._others = optimizer
         self._memories: dict[str, Memory] = {}
         self._statistics = nn.ModuleDict()
@@ -130,6 +131,11 @@ class CoactivationMemory(WeightSolver):
         self.register_state_dict_pre_hook(lambda *_: self.synchronize())  # type: ignore[no-untyped-call]
 
     # ---------------------------------------------------------------- what the algorithm asks for
+
+    def inputs_of(self, stage: Stage) -> Inputs:
+        if self._inputs is not None:
+            return self._inputs
+        return "forward" if self.form == "innovation" or stage.is_output else "moved"
 
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
         self._remember(stages)
@@ -239,7 +245,7 @@ class CoactivationMemory(WeightSolver):
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def extra_repr(self) -> str:
-        return f"form={self.form!r}, forgetting={self.forgetting:g}, every={self.every}, inputs={self.inputs!r}"
+        return f"form={self.form!r}, forgetting={self.forgetting:g}, every={self.every}"
 
     def _remember(self, stages: Sequence[Stage]) -> None:
         """Make a memory for each trained layer, once; the optimizer may be asked for again.

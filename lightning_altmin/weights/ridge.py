@@ -40,7 +40,7 @@ def damped_inverse(A: Tensor, ridge: float) -> Tensor:
     """
     damped = _damped(A, ridge)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    inverse = torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(factor).contiguous()  # as it will be once loaded: products round by the layout
     return torch.where(failed == 0, inverse, torch.full_like(inverse, torch.nan))
 
 

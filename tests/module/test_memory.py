@@ -1,0 +1,56 @@
+"""The co-activation memory in the Trainer: resumed exactly, and combined per layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from torch import nn
+
+from lightning_altmin import AltMinModule, CoactivationMemory, LayerwiseWeights, LocalGradient
+from tests.module.interruption import assert_resumes
+from tests.module.problems import Record, loader, network, trainer
+
+SOLVERS: dict[str, Any] = {
+    "innovation": lambda: CoactivationMemory(every=3),
+    "low rank": lambda: CoactivationMemory(every=2, rank=3),
+    "mixed": lambda: LayerwiseWeights({"output": LocalGradient(), "default": CoactivationMemory(every=4)}),
+    "solved output": lambda: LayerwiseWeights(
+        {"output": CoactivationMemory("solve", every=4), "default": CoactivationMemory()}
+    ),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("batch", [2, 7])
+def test_resumes_bit_for_bit(solver: str, batch: int, tmp_path: Path) -> None:
+    """Catches statistics, an inverse or a place in the cycle of measurements that a checkpoint does not hold."""
+
+    def make() -> AltMinModule:
+        return AltMinModule(network(0.3, norm=True), weights=SOLVERS[solver]())
+
+    data = {"train_dataloaders": loader()}
+    assert_resumes(make, lambda: data, "on_train_batch_end", batch, tmp_path / "saved.ckpt", max_epochs=3)
+
+
+def test_layers_have_named_groups() -> None:
+    """Catches groups of one name, which learning-rate monitors refuse, in a network with BatchNorm behind a layer."""
+    record = Record()
+    module = AltMinModule(network(norm=True), weights=CoactivationMemory(step=0.5))
+    trainer(max_epochs=1, logger=record, callbacks=[LearningRateMonitor("step")], log_every_n_steps=1).fit(module, loader())
+    names = {group["name"] for group in module.optimizers().param_groups}
+    assert names == {"0", "0 (rest)", "3", "5"}
+
+
+def test_statistics_follow_the_module() -> None:
+    """Catches statistics that are no buffers, and layers that the optimizer of a new fit takes for another model's."""
+    module = AltMinModule(network(), weights=CoactivationMemory(every=1))
+    for _ in range(2):
+        trainer(max_epochs=1).fit(module, loader())
+    held = [name for name in module.state_dict() if name.startswith("core.weights.")]
+    assert len(held) == 3 * 3  # A, the rows and the inverse of three layers
+    assert isinstance(module.network, nn.Sequential)
+    assert module.to(torch.float64).core.weights.state_dict()[held[0].removeprefix("core.weights.")].dtype == torch.float64

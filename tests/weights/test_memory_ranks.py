@@ -1,0 +1,96 @@
+"""Oracle: one process that sees what two processes see between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from lightning_altmin import AltMin, CoactivationMemory, GradientCodes
+from tests.weights.gloo import run
+
+SETTINGS: list[dict[str, Any]] = [
+    {"every": 3},
+    {"form": "solve", "every": 2},
+    {"form": "solve", "every": 3, "forgetting": 0.8},
+    {"form": "solve", "every": 2, "solver": "bcd", "lambda_w": 1e-4},
+]
+
+
+def stream() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (
+            torch.randn(12, 1, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(4, (12,), generator=generator),
+        )
+        for _ in range(7)
+    ]
+
+
+def model(settings: dict[str, Any]) -> AltMin:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 4)
+    ).double()
+    codes = GradientCodes(steps=2, lr=0.5)  # what CurvatureCodes measures depends on the process
+    return AltMin(network, nn.CrossEntropyLoss(), codes=codes, weights=CoactivationMemory(**settings))
+
+
+def train(rank: int, settings: dict[str, Any], count: int) -> tuple[dict[str, Tensor], int, int]:
+    """Every process trains on its part of each batch; gradients are averaged as a strategy would."""
+    core, calls, numbers = model(settings), 0, 0
+    reduce = distributed.all_reduce
+
+    def counted(tensor: Tensor, *rest: Any, **more: Any) -> Any:
+        nonlocal calls, numbers
+        calls, numbers = calls + 1, tensor.numel()
+        return reduce(tensor, *rest, **more)
+
+    distributed.all_reduce = counted
+    for x, y in stream():
+        step = core.encode(x.chunk(count)[rank], y.chunk(count)[rank])
+        core.solve_codes(step)
+        core.fill_gradients(step)
+        for parameter in core.network.parameters():
+            if parameter.grad is not None:
+                reduce(parameter.grad)
+                parameter.grad /= count
+        core.optimizer.step()
+        core.optimizer.zero_grad()
+    before_save = calls
+    state = {name: value for name, value in core.state_dict().items() if "codes." not in name}
+    return state, before_save, numbers
+
+
+def train_all(rank: int, count: int) -> list[tuple[dict[str, Tensor], int, int]]:
+    return [train(rank, settings, count) for settings in SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> list[Any]:
+    """Of each of two processes, its results with all settings: starting processes is most of the time."""
+    return run(train_all, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(SETTINGS)), ids=[str(settings) for settings in SETTINGS])
+def test_two_processes_equal_one(index: int, two_processes: list[Any]) -> None:
+    """Catches statistics of one process only, ones discounted or counted per process, ones used before they are summed,
+    a checkpoint with a process's share, processes that end apart, and more collectives than uses of new statistics.
+    """
+    settings = SETTINGS[index]
+    alone = model(settings)
+    for x, y in stream():
+        alone.step(x, y)
+    (first, calls, numbers), (second, *_) = (results[index] for results in two_processes)
+    expected = {name: value for name, value in alone.state_dict().items() if "codes." not in name}
+    for name, value in expected.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+    solves = settings.get("form") == "solve"
+    assert calls == (7 // settings["every"] if solves else 5)  # innovation: after batches 0, 1, 2, 3, 6
+    size = sum(n * (n + 1) // 2 + 1 + (n * o if solves else 0) for n, o in ((10, 3), (49, 6), (7, 4)))
+    assert numbers == size  # upper triangles, one vector for all layers
