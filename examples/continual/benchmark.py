@@ -56,10 +56,10 @@ from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, Local
 
 
 def conv(seed: int, outputs: int = 10, channels: int = 32) -> nn.Sequential:
-    """One layer of 5x5 filters, 36 average-pooled positions, one head."""
+    """One layer of 5x5 filters at every second pixel, 36 average-pooled positions, one head."""
     torch.manual_seed(seed)
     network = nn.Sequential(
-        nn.Conv2d(1, channels, 5), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(36 * channels, outputs)
+        nn.Conv2d(1, channels, 5, stride=2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36 * channels, outputs)
     )
     nn.init.normal_(network[0].weight, std=1 / 5)
     nn.init.normal_(network[0].bias, std=0.5)
@@ -116,7 +116,7 @@ def cifar_features(root: str, seed: int) -> TaskStream:
         parts, labels = [], []
         for rows in torch.arange(len(samples)).split(500):
             x, y = samples.read(rows)
-            responses = nn.functional.conv2d(stream.prepared(x), filters, bias).relu()
+            responses = nn.functional.conv2d(stream.prepared(x), filters, bias, stride=2).relu()
             parts.append(nn.functional.adaptive_avg_pool2d(responses, 4).flatten(1))
             labels.append(y)
         return torch.cat(parts), torch.cat(labels)
@@ -175,7 +175,7 @@ def si(network: nn.Sequential, lr: float = 1e-3, strength: float = 10.0) -> Run:
 
 
 def replay(network: nn.Sequential, lr: float = 1e-3, size: int = 1000) -> Run:
-    replay = Replay(ReservoirBuffer(size), 50)
+    replay = Replay(ReservoirBuffer(size), 100)
     return Run(backprop(network, lr), replay=replay, state_bytes=lambda: replay.buffer.state_bytes)
 
 
@@ -237,7 +237,7 @@ def equal_size(network: nn.Sequential) -> int:
 # ---------------------------------------------------------------- one run
 
 
-def train(run: Run, stream: TaskStream, seed: int, part: str = "test", batch_size: int = 50) -> dict[str, float]:
+def train(run: Run, stream: TaskStream, seed: int, part: str = "test", batch_size: int = 100) -> dict[str, float]:
     """Train on the stream in one pass and measure."""
     evaluation = ContinualEvaluation(part=part, before_training=False)  # type: ignore[arg-type]
     trained_on = stream.joint() if run.joint else stream
