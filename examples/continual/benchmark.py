@@ -201,13 +201,13 @@ def memory(network: nn.Sequential, lr: float = 0.0, ridge: float = 1e-4, factor:
     return Run(module, callbacks, state_bytes=lambda: sum(b.numel() * b.element_size() for b in held))
 
 
-ADAM = [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]
+ADAM = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
 METHODS: dict[str, tuple[Callable[..., Run], list[dict[str, float]]]] = {
     "naive SGD": (naive_sgd, [{"lr": lr} for lr in (0.01, 0.03, 0.1)]),
     "naive Adam": (naive_adam, ADAM),
     "naive AM-Adam": (naive_am_adam, ADAM),
-    "online EWC": (ewc, [{"lr": lr, "strength": s} for lr in (3e-4, 1e-3) for s in (1e1, 1e3, 1e5)]),
-    "SI": (si, [{"lr": lr, "strength": s} for lr in (3e-4, 1e-3) for s in (1e0, 1e2, 1e4)]),
+    "online EWC": (ewc, [{"lr": lr, "strength": s} for lr in (1e-3, 3e-3) for s in (1e3, 1e5, 1e7)]),
+    "SI": (si, [{"lr": lr, "strength": s} for lr in (1e-3, 3e-3) for s in (1e2, 1e4, 1e6)]),
     "replay 200": (lambda network, **settings: replay(network, size=200, **settings), ADAM),
     "replay 1000": (lambda network, **settings: replay(network, size=1000, **settings), ADAM),
     "replay, equal bytes": (lambda network, **settings: replay(network, size=equal_size(network), **settings), ADAM),
@@ -216,7 +216,11 @@ METHODS: dict[str, tuple[Callable[..., Run], list[dict[str, float]]]] = {
     "AM-mem, joint": (lambda network, **settings: as_joint(memory(network, **settings)), [{"ridge": 1e-4}]),
     "AM-mem, learnt features": (
         memory,
-        [{"lr": lr, "ridge": 1e-4, "factor": f} for lr in (1e-4, 1e-3, 3e-3) for f in (0.0, 0.1)],
+        [
+            {"lr": lr, "ridge": ridge, "factor": factor}
+            for lr in (3e-5, 1e-4, 3e-4)
+            for ridge, factor in ((1e-4, 0.0), (1e-4, 0.1), (1e-3, 0.3))
+        ],
     ),
 }
 HEAD_ONLY = ("naive SGD", "naive Adam", "replay 200", "replay 1000", "AM-mem, frozen features")  # of `head`
@@ -297,6 +301,14 @@ def tuned(path: Path, suite: str, method: str) -> dict[str, float]:
     return {k: float(v) for k, v in (pair.split("=") for pair in best["settings"].split())}
 
 
+def done(path: Path) -> set[tuple[str, str, str]]:
+    """Suite, method and seed of the rows that a file has: an interrupted benchmark goes on where it was."""
+    if not path.exists():
+        return set()
+    with path.open() as file:
+        return {(row["suite"], row["method"], row["seed"]) for row in csv.DictReader(file)}
+
+
 COLUMNS = (
     "suite", "method", "settings", "seed", "accuracy", "task_incremental", "forgetting", "learning_accuracy",
     "state_bytes", "seconds",
@@ -368,6 +380,8 @@ def main() -> None:
     for seed in range(arguments.seeds):
         stream = stream_of(root, seed)
         for method in methods:
+            if (suite, method, str(seed)) in done(arguments.out):
+                continue
             settings = tuned(arguments.tuning, suite, method)
             run = METHODS[method][0](network_of(seed, outputs), **settings)
             result = train(run, stream, seed)
