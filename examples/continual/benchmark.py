@@ -13,8 +13,8 @@ stream and what it cost. Suites, all in a single pass:
 - ``wide_mnist``: split_mnist with 2000 hidden units that each see a random part of the image;
 - ``bytes``: split_mnist by bytes of state, for the figure.
 
-With ``--tune`` each method's settings are compared on a held-out tenth of a fifth of the training data (``--share``), by
-one seed. AM-mem with learnt features needs ``--share 1``: its features drift for as long as a task lasts.
+With ``--tune`` each method's settings are compared, by one seed, on a held-out tenth of a fifth of the training data
+(``--share``). AM-mem with learnt features needs ``--share 1``: its features drift for as long as a task lasts.
 """
 
 from __future__ import annotations
