@@ -100,7 +100,8 @@ class LayerStatistics(nn.Module):
 
     def renew(self, ridge: float) -> None:
         """Compute the damped inverse of the mean of ``a a^T``; ``ridge`` is relative to the mean of its diagonal."""
-        self.inverse = damped_inverse(self.mean(), ridge)
+        # contiguous, as a restored one is: products round by how their factors lie in memory
+        self.inverse = damped_inverse(self.mean(), ridge).contiguous()
 
     def preconditioned(self, matrix: Tensor) -> Tensor:
         """``matrix @ (A + ridge)^-1``, shape ``(any, inputs)``."""

@@ -80,6 +80,12 @@ class LayerwiseWeights(WeightSolver):
     def evidence(self) -> list[Tensor]:
         return [scalar for solver in self._solvers for scalar in solver.evidence()]  # type: ignore[operator]
 
+    def discount(self, factor: float, stages: Sequence[str] | None = None) -> None:
+        """Give what memories have seen so far less weight; see ``CoactivationMemory.discount``."""
+        for solver in self._solvers:
+            if hasattr(solver, "discount"):
+                solver.discount(factor, stages)  # type: ignore[operator]
+
     def explain(self) -> str:
         return "\n\n".join(text for solver in self._solvers if (text := solver.explain()))  # type: ignore[operator]
 

@@ -233,6 +233,23 @@ class CoactivationMemory(WeightSolver):
             for parameter, value in memory.layer.split(self._form.solution(memory)):
                 parameter.copy_(value)
 
+    @torch.no_grad()
+    def discount(self, factor: float, stages: Sequence[str] | None = None) -> None:
+        """Give what was seen so far less weight, as at a switch of tasks; the weights stay as they are.
+
+        Args:
+            factor: What sums are multiplied by, in [0, 1]; 0 forgets.
+            stages: Names of the stages whose memories it is for; ``None`` for all, and names without memory are
+                passed over.
+
+        Raises:
+            ValueError: If ``factor`` is out of range.
+        """
+        factor = _in_range("factor", factor, 0, 1, low_is_allowed=True)
+        for name, memory in self._memories.items():
+            if stages is None or name in stages:
+                memory.statistics.discount(factor)
+
     def explain(self) -> str:
         """What each memory holds, and what measuring a row (sample and position) and renewing it cost."""
         rows = [("memory", "statistics", "megabytes", "multiply-adds per row measured", "per renewal")]

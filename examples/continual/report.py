@@ -1,0 +1,90 @@
+"""The tables of the documentation, from the rows that ``benchmark.py`` wrote, and accuracy against bytes as a figure.
+
+python examples/continual/report.py --rows docs/results/continual.csv --figure docs/results/continual_bytes.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+Rows = dict[str, list[dict[str, str]]]
+
+TITLES = {
+    "split_mnist": "Split-MNIST, class-incremental",
+    "domain_mnist": "Split-MNIST, domain-incremental",
+    "split_cifar10": "Split-CIFAR-10, class-incremental, on frozen random features",
+    "permuted_mnist": "Permuted-MNIST, ten tasks of 6000 samples",
+    "wide_mnist": "Split-MNIST, class-incremental, 2000 hidden units with local receptive fields",
+    "bytes": "Split-MNIST by bytes of state",
+}
+
+
+def per_cent(rows: list[dict[str, str]], column: str) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [100 * float(row[column]) for row in rows if row[column]]
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def table(methods: Rows) -> str:
+    """One row per method, best first."""
+    lines = [
+        "| Method | Average accuracy | Task told | Forgetting | State | CPU seconds | Seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    order = sorted(methods, key=lambda m: -statistics.mean(float(row["accuracy"]) for row in methods[m]))
+    for method in order:
+        rows = methods[method]
+        state = statistics.mean(float(row["state_bytes"]) for row in rows)
+        seconds = statistics.mean(float(row["seconds"]) for row in rows)
+        cells = [per_cent(rows, column) for column in ("accuracy", "task_incremental", "forgetting")]
+        price = "-" if state == 0 else f"{state / 1e6:.2f} MB"
+        lines.append(f"| {method} | {' | '.join(cells)} | {price} | {seconds:.0f} | {len(rows)} |")
+    return "\n".join(lines)
+
+
+def figure(suites: dict[str, Rows], path: Path) -> None:
+    """Accuracy on Split-MNIST against bytes of state, for AM-mem and replay."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = drawing.subplots()
+    for kind, marker in (("AM-mem", "o"), ("replay", "s")):
+        points = []
+        for suite in ("split_mnist", "bytes"):
+            for method, rows in suites.get(suite, {}).items():
+                if method.startswith(kind) and "joint" not in method and "learnt" not in method:
+                    mean = statistics.mean(100 * float(row["accuracy"]) for row in rows)
+                    points.append((float(rows[0]["state_bytes"]), mean))
+        points.sort()
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=kind)
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes of state")
+    axes.set_ylabel("average accuracy, %")
+    axes.legend()
+    drawing.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=Path("docs/results/continual.csv"))
+    parser.add_argument("--figure", type=Path, help="where to draw accuracy against bytes")
+    arguments = parser.parse_args()
+    suites: dict[str, Rows] = defaultdict(lambda: defaultdict(list))
+    with arguments.rows.open() as file:
+        for row in csv.DictReader(file):
+            suites[row["suite"]][row["method"]].append(row)
+    for suite, methods in suites.items():
+        print(f"**{TITLES[suite]}**\n\n{table(methods)}\n")
+    if arguments.figure is not None:
+        figure(suites, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What a memory of co-activations keeps of the tasks before."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_altmin.callbacks.altmin_access import core_of
+from lightning_altmin.continual.callbacks.stream_access import stream_data
+from lightning_altmin.continual.task import Task
+from lightning_altmin.weights import CoactivationMemory
+
+Policy = Literal["keep", "decay", "reset"]
+
+
+class MemoryPolicy(Callback):
+    """What a memory weight solver (AM-mem) does at the boundaries of tasks.
+
+    At the start of every task but the first, statistics are discounted by the policy. At the end of each, memories of
+    the solve form solve for their weights, whatever their ``every``, so that all samples of the task are in them; put
+    this callback before those that evaluate.
+
+    Statistics of the output layer are all that is needed to answer for earlier tasks as long as its inputs stay what
+    they were: ``"keep"`` them with frozen or slowly changing features, ``"decay"`` them where features drift.
+
+    Args:
+        policy: ``"keep"``, ``"decay"`` or ``"reset"``.
+        factor: With ``"decay"``, what the sums are multiplied by, in (0, 1).
+        stages: Names of the stages whose memories it is for (see ``core.explain()``); ``None`` for all.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, policy: Policy = "keep", factor: float = 0.5, stages: list[str] | None = None) -> None:
+        if policy not in ("keep", "decay", "reset"):
+            raise ValueError(f"policy must be 'keep', 'decay' or 'reset', got {policy!r}")
+        if not 0 < factor < 1:
+            raise ValueError(f"factor must lie in (0, 1), got {factor}; use policy='keep' or 'reset' for 1 or 0")
+        self.policy = policy
+        self.factor = factor
+        self.stages = stages
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a stream, and a memory to treat."""
+        if stage == "fit":
+            stream_data(trainer, self)
+            weights = core_of(pl_module, self).weights
+            if not any(isinstance(solver, CoactivationMemory) for solver in weights.modules()):
+                raise MisconfigurationException(
+                    f"MemoryPolicy needs a weight solver with a memory, such as CoactivationMemory, got {weights}"
+                )
+            if unknown := set(self.stages or ()) - {stage.name for stage in core_of(pl_module, self).coded.stages}:
+                raise ValueError(f"stages names unknown layers {sorted(unknown)}; see core.explain()")
+
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Keep, discount or forget."""
+        if task.index > 0 and self.policy != "keep":
+            weights: Any = core_of(pl_module, self).weights
+            weights.discount(self.factor if self.policy == "decay" else 0.0, self.stages)
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Solve for the weights."""
+        for solver in core_of(pl_module, self).weights.modules():
+            if isinstance(solver, CoactivationMemory) and solver.form == "solve":
+                solver.solve()

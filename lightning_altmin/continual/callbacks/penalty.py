@@ -1,0 +1,96 @@
+"""Quadratic penalties on leaving the weights of earlier tasks, added to gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_altmin.altmin import AltMin
+from lightning_altmin.continual.callbacks.stream_access import stream_data
+
+Tensors = dict[str, Tensor]
+
+
+class QuadraticPenalty(Callback):
+    r"""Base: adds the gradient of a penalty before each step.
+
+    It is :math:`\frac{strength}{2} \sum_i \Omega_i (\theta_i - \theta^*_i)^2`.
+    Gradients are edited, not losses, so that it serves backprop and alternating minimization alike. Parameters that
+    have no gradient in a batch are left alone.
+
+    Args:
+        strength: Weight of the penalty, >= 0.
+
+    Attributes:
+        importance: :math:`\Omega` by parameter name; empty before the first task is over.
+        anchor: :math:`\theta^*` by parameter name.
+
+    Raises:
+        ValueError: If ``strength`` is out of range.
+    """
+
+    def __init__(self, strength: float) -> None:
+        if not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(f"strength must be a number >= 0, got {strength}")
+        self.strength = strength
+        self.importance: Tensors = {}
+        self.anchor: Tensors = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a stream, and that every step is seen."""
+        if stage != "fit":
+            return
+        stream_data(trainer, self)
+        core = getattr(pl_module, "core", None)
+        if isinstance(core, AltMin) and core.weights.steps > 1:
+            raise MisconfigurationException(
+                f"{type(self).__name__} edits gradients once per batch, but weights.steps={core.weights.steps} takes "
+                "several weight steps: use weights with steps=1"
+            )
+        self.importance, self.anchor = {}, {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Edit the gradients."""
+        self.add_penalty(pl_module)
+
+    @torch.no_grad()
+    def add_penalty(self, pl_module: LightningModule) -> None:
+        """Add the penalty's gradient to ``.grad``."""
+        if not self.importance:
+            return
+        for name, parameter in trained(pl_module).items():
+            if parameter.grad is None or name not in self.importance:
+                continue
+            if self.importance[name].device != parameter.device:  # loaded from a checkpoint
+                self.importance[name] = self.importance[name].to(parameter.device)
+                self.anchor[name] = self.anchor[name].to(parameter.device)
+            parameter.grad.addcmul_(self.importance[name], parameter - self.anchor[name], value=self.strength)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what is kept from task to task."""
+        return sum(t.numel() * t.element_size() for t in [*self.importance.values(), *self.anchor.values()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importances and anchors."""
+        return {"importance": dict(self.importance), "anchor": dict(self.anchor)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them over."""
+        self.importance, self.anchor = dict(state_dict["importance"]), dict(state_dict["anchor"])
+
+
+def trained(pl_module: LightningModule) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name."""
+    return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+
+
+def copies(pl_module: LightningModule) -> Tensors:
+    """The trainable parameters as they are."""
+    return {name: p.detach().clone() for name, p in trained(pl_module).items()}

@@ -1,0 +1,67 @@
+"""What callbacks ask of a run over a stream, refused by name if it is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_altmin.continual.data_module import StreamDataModule, TaskStreamDataModule
+from lightning_altmin.trainer_progress import TrainerProgress
+
+
+def stream_data(trainer: Trainer, callback: Callback) -> StreamDataModule:
+    """The data module of the stream.
+
+    Raises:
+        MisconfigurationException: If the run has none.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, StreamDataModule):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} needs a stream: trainer.fit(model, datamodule=TaskStreamDataModule(...)) or "
+            f"OnlineTaskStreamDataModule, got {type(data).__name__}"
+        )
+    return data
+
+
+def task_stream_data(trainer: Trainer, callback: Callback) -> TaskStreamDataModule:
+    """The data module of a stream of tasks that have epochs.
+
+    Raises:
+        MisconfigurationException: If the run has none.
+    """
+    data = stream_data(trainer, callback)
+    if not isinstance(data, TaskStreamDataModule):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} needs tasks with epochs: TaskStreamDataModule, got {type(data).__name__}"
+        )
+    return data
+
+
+def inputs_and_labels(pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch's inputs and labels, through the module's own ``unpack`` if it has one."""
+    unpack = getattr(pl_module, "unpack", None)
+    x, y = unpack(batch) if callable(unpack) else (batch[0], batch[1])
+    return x, y
+
+
+@contextmanager
+def evaluating(module: LightningModule) -> Iterator[None]:
+    """Evaluation mode, and afterwards every submodule in the mode it was in."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def trained_batches(trainer: Trainer) -> int:
+    """Batches trained by the whole run."""
+    return TrainerProgress(trainer).trained_batches()
