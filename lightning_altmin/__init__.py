@@ -3,7 +3,7 @@
 from lightning_altmin.__about__ import __version__
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.baselines import BackpropModule
-from lightning_altmin.codes import CodeSolver, CurvatureCodes, GradientCodes, LineSearchCodes
+from lightning_altmin.codes import CodeSolver, CurvatureCodes, GradientCodes, LeastSquaresCodes, LineSearchCodes
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
@@ -19,6 +19,7 @@ __all__ = [
     "CodedNetwork",
     "CurvatureCodes",
     "GradientCodes",
+    "LeastSquaresCodes",
     "LineSearchCodes",
     "LocalGradient",
     "Step",

@@ -3,6 +3,7 @@
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 from lightning_altmin.codes.curvature import CurvatureCodes
 from lightning_altmin.codes.gradient import GradientCodes
+from lightning_altmin.codes.least_squares import LeastSquaresCodes
 from lightning_altmin.codes.line_search import LineSearchCodes
 
-__all__ = ["CodeProblem", "CodeSolver", "CurvatureCodes", "GradientCodes", "LineSearchCodes"]
+__all__ = ["CodeProblem", "CodeSolver", "CurvatureCodes", "GradientCodes", "LeastSquaresCodes", "LineSearchCodes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +136,14 @@ class CodeProblem:
 
 class CodeSolver(nn.Module, ABC):
     """Moves one code to lower its problem. Subclass and write `solve`; the sweep over codes is the algorithm's."""
+
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+        """Called once with what it will be asked to solve; a solver that cannot do it refuses here.
+
+        Raises:
+            ValueError: If a stage or a term of the objective cannot be served, naming it.
+        """
+        return
 
     def prepare(self, depth: int) -> None:
         """Called once with the number of codes; a solver that keeps something per code makes its buffers here."""

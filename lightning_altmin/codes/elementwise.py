@@ -1,0 +1,107 @@
+"""The elementwise half of a least-squares code step: the move that makes an activation change as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Value = Callable[[Any, Tensor], Tensor]
+Slope = Callable[[Any, Tensor, Tensor], Tensor]
+
+_CELLS = 8  # of the bracket, among which the one with the lowest value is chosen
+_STEPS = 12  # of Newton's method inside it
+
+# type -> (s(x), s'(x) given x and s(x)). Each rises everywhere, which is what the bracket relies on.
+_RISING: dict[type[nn.Module], tuple[Value, Slope]] = {
+    nn.Sigmoid: (lambda m, x: torch.sigmoid(x), lambda m, x, y: y * (1 - y)),
+    nn.Tanh: (lambda m, x: torch.tanh(x), lambda m, x, y: 1 - y * y),
+    nn.Softplus: (lambda m, x: functional.softplus(x, m.beta, m.threshold), lambda m, x, y: torch.sigmoid(m.beta * x)),
+}
+INVERTIBLE: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.LeakyReLU, *_RISING)
+"""Types of activations that `activation_move` knows."""
+
+
+def is_invertible(activation: nn.Module) -> bool:
+    """Whether `activation_move` can invert this activation; a LeakyReLU that falls below 0 it cannot."""
+    return type(activation) in INVERTIBLE and getattr(activation, "negative_slope", 0.0) >= 0
+
+
+def activation_move(activation: nn.Module, code: Tensor, change: Tensor, weight: float) -> Tensor:
+    r"""The move ``m`` that minimises ``(s(c + m) - s(c) - change)^2 + weight m^2``, for each unit by itself.
+
+    Args:
+        activation: ``s``, one that `is_invertible`.
+        code: ``c``, any shape.
+        change: How far ``s(c)`` is asked to move, shaped like ``code``.
+        weight: Price of a move, > 0.
+
+    Returns:
+        The move, shaped like ``code``.
+    """
+    if type(activation) is nn.Identity:
+        return change / (1 + weight)
+    if type(activation) is nn.ReLU:
+        return _two_slopes(code, change, weight, 0.0)
+    if type(activation) is nn.LeakyReLU:
+        return _two_slopes(code, change, weight, activation.negative_slope)
+    return _rising(activation, code, change, weight)
+
+
+def _two_slopes(code: Tensor, change: Tensor, weight: float, slope: float) -> Tensor:
+    """For ``s(x) = x`` above 0 and ``slope * x`` below it.
+
+    Three cases: the optimum lies inside the upper side, inside the lower side, or at 0, where both end. A side's
+    parabola clamped to the side is its best; the better of the two sides is the answer.
+    """
+    here = torch.where(code > 0, code, code * slope)
+    wanted = here + change
+    # Where the code is on the side, here = steepness * code, and the move keeps the digits of the change.
+    up = torch.where(code > 0, change, wanted - code) / (1 + weight)
+    up = torch.maximum(up, -code)
+    down = torch.where(code > 0, wanted - slope * code, change) * (slope / (slope * slope + weight))
+    down = torch.minimum(down, -code)
+    cost_up = (code + up - wanted).square() + weight * up.square()
+    cost_down = (slope * (code + down) - wanted).square() + weight * down.square()
+    return torch.where(cost_up <= cost_down, up, down)
+
+
+def _rising(activation: nn.Module, code: Tensor, change: Tensor, weight: float) -> Tensor:
+    """For smooth rising activations: the lowest cell of a bracket, then safeguarded Newton steps in it.
+
+    The optimum has the sign of the change, and since no move costs more than staying (``change^2``), its size is at
+    most ``|change| / sqrt(weight)``. The cost may have two minima in between (a code deep in the flat part of a
+    sigmoid), so the bracket is sampled first; the cells get finer towards 0, where most optima are.
+    """
+    value, slope = _RISING[type(activation)]
+    sign = change.sign()
+    here = value(activation, code)
+    span = change.abs() / weight**0.5
+
+    def excess_and_slope(move: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the activation has then moved beyond what is wanted, along the sign; and how steep it is there."""
+        x = code + sign * move
+        y = value(activation, x)
+        return sign * (y - here) - change.abs(), slope(activation, x, y)
+
+    best = torch.zeros_like(span)
+    lowest = change.square()
+    for cell in range(1, _CELLS + 1):
+        move = span * (cell / _CELLS) ** 2
+        cost = excess_and_slope(move)[0].square() + weight * move.square()
+        best = torch.where(cost < lowest, float(cell), best)
+        lowest = torch.minimum(cost, lowest)
+    lower = span * ((best - 1).clamp_min(0) / _CELLS).square()
+    upper = span * ((best + 1).clamp_max(_CELLS) / _CELLS).square()
+    move = span * (best / _CELLS).square()
+    for _ in range(_STEPS):
+        excess, rise = excess_and_slope(move)
+        gradient = excess * rise + weight * move
+        upper = torch.where(gradient > 0, move, upper)
+        lower = torch.where(gradient > 0, lower, move)
+        newton = move - gradient / (rise.square() + weight)  # Gauss-Newton: the curvature is never negative
+        move = torch.where((newton >= lower) & (newton <= upper), newton, (lower + upper) / 2)
+    return sign * move
