@@ -12,14 +12,18 @@ from torch.nn import functional
 Value = Callable[[Any, Tensor], Tensor]
 Slope = Callable[[Any, Tensor, Tensor], Tensor]
 
-_CELLS = 8  # of the bracket, among which the one with the lowest value is chosen
-_STEPS = 12  # of Newton's method inside it
+_CELLS = 16  # of the bracket, among which the one with the lowest value is chosen
+_STEPS = 15  # of a safeguarded Newton method inside it
 
-# type -> (s(x), s'(x) given x and s(x)). Each rises everywhere, which is what the bracket relies on.
-_RISING: dict[type[nn.Module], tuple[Value, Slope]] = {
-    nn.Sigmoid: (lambda m, x: torch.sigmoid(x), lambda m, x, y: y * (1 - y)),
-    nn.Tanh: (lambda m, x: torch.tanh(x), lambda m, x, y: 1 - y * y),
-    nn.Softplus: (lambda m, x: functional.softplus(x, m.beta, m.threshold), lambda m, x, y: torch.sigmoid(m.beta * x)),
+# type -> (s(x); s'(x) given x and s(x); the largest slope). The bracket relies on rising everywhere.
+_RISING: dict[type[nn.Module], tuple[Value, Slope, float]] = {
+    nn.Sigmoid: (lambda m, x: torch.sigmoid(x), lambda m, x, y: y * (1 - y), 0.25),
+    nn.Tanh: (lambda m, x: torch.tanh(x), lambda m, x, y: 1 - y * y, 1.0),
+    nn.Softplus: (
+        lambda m, x: functional.softplus(x, m.beta, m.threshold),
+        lambda m, x, y: torch.sigmoid(m.beta * x),
+        1.0,
+    ),
 }
 INVERTIBLE: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.LeakyReLU, *_RISING)
 """Types of activations that `activation_move` knows."""
@@ -72,14 +76,14 @@ def _two_slopes(code: Tensor, change: Tensor, weight: float, slope: float) -> Te
 def _rising(activation: nn.Module, code: Tensor, change: Tensor, weight: float) -> Tensor:
     """For smooth rising activations: the lowest cell of a bracket, then safeguarded Newton steps in it.
 
-    The optimum has the sign of the change, and since no move costs more than staying (``change^2``), its size is at
-    most ``|change| / sqrt(weight)``. The cost may have two minima in between (a code deep in the flat part of a
+    The optimum has the sign of the change. Its cost is at most that of staying, ``change^2``, so its size is at most
+    ``|change| / sqrt(weight)``; its derivative is zero, so also at most ``|change| max s' / weight``. The cost may have two minima in between (a code deep in the flat part of a
     sigmoid), so the bracket is sampled first; the cells get finer towards 0, where most optima are.
     """
-    value, slope = _RISING[type(activation)]
+    value, slope, steepest = _RISING[type(activation)]
     sign = change.sign()
     here = value(activation, code)
-    span = change.abs() / weight**0.5
+    span = change.abs() * min(weight**-0.5, steepest / weight)
 
     def excess_and_slope(move: Tensor) -> tuple[Tensor, Tensor]:
         """How far the activation has then moved beyond what is wanted, along the sign; and how steep it is there."""
@@ -97,11 +101,14 @@ def _rising(activation: nn.Module, code: Tensor, change: Tensor, weight: float) 
     lower = span * ((best - 1).clamp_min(0) / _CELLS).square()
     upper = span * ((best + 1).clamp_max(_CELLS) / _CELLS).square()
     move = span * (best / _CELLS).square()
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
         excess, rise = excess_and_slope(move)
         gradient = excess * rise + weight * move
         upper = torch.where(gradient > 0, move, upper)
         lower = torch.where(gradient > 0, lower, move)
         newton = move - gradient / (rise.square() + weight)  # Gauss-Newton: the curvature is never negative
-        move = torch.where((newton >= lower) & (newton <= upper), newton, (lower + upper) / 2)
+        # The middle now and then, for Gauss-Newton steps can be short where much is wanted of a bent activation.
+        move = (lower + upper) / 2
+        if step % 3 != 2:
+            move = torch.where((newton >= lower) & (newton <= upper), newton, move)
     return sign * move
