@@ -77,8 +77,9 @@ def _rising(activation: nn.Module, code: Tensor, change: Tensor, weight: float) 
     """For smooth rising activations: the lowest cell of a bracket, then safeguarded Newton steps in it.
 
     The optimum has the sign of the change. Its cost is at most that of staying, ``change^2``, so its size is at most
-    ``|change| / sqrt(weight)``; its derivative is zero, so also at most ``|change| max s' / weight``. The cost may have two minima in between (a code deep in the flat part of a
-    sigmoid), so the bracket is sampled first; the cells get finer towards 0, where most optima are.
+    ``|change| / sqrt(weight)``; its derivative is zero, so also at most ``|change| max s' / weight``. The cost may have
+    two minima in between (a code deep in the flat part of a sigmoid), so the bracket is sampled first, more finely
+    towards 0, where most optima are. Two minima in one cell are possible only for weights well below 0.1.
     """
     value, slope, steepest = _RISING[type(activation)]
     sign = change.sign()

@@ -75,6 +75,7 @@ class LeastSquaresCodes(CodeSolver):
         if target is None:
             target = -problem.objective.code_loss_gradient(problem.loss, problem.forward_output, problem.y)
         transfer, linear = problem.above.transfer, problem.above.affine[0]
+        assert isinstance(linear, nn.Linear)  # as `check` has seen
         change = damped_least_squares(linear.weight.detach(), target, self.damping).view_as(problem.forward)
         activation = next((m for m in transfer if not isinstance(m, _RESHAPES)), nn.Identity())
         return activation_move(activation, problem.forward, change, self.weight)

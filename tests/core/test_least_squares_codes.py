@@ -176,7 +176,7 @@ def test_what_it_cannot_solve_is_refused_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=f"(?s)LeastSquaresCodes needs one activation.*has {culprit}"):
             AltMin(module, nn.CrossEntropyLoss(), codes=LeastSquaresCodes())
-    with pytest.raises(ValueError, match="lambda_c=0.1 must be 0"):
+    with pytest.raises(ValueError, match=r"lambda_c=0\.1 must be 0"):
         AltMin(MLP(8, [6], 3), nn.CrossEntropyLoss(), AltMinObjective(lambda_c=0.1), LeastSquaresCodes())
 
 
