@@ -249,7 +249,7 @@ def test_random_state_round_trip() -> None:
     assert draws() == expected
 
 
-@both
+@pytest.mark.parametrize("make", [altmin, backprop])
 def test_loading_weights_alone_does_not_touch_the_random_state(make: Any, tmp_path: Path) -> None:
     """Catches a new run that is no longer governed by its own seed because its weights came from a checkpoint."""
     first = trainer(max_epochs=1)
