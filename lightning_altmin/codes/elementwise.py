@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Value = Callable[[Any, Tensor], Tensor]
-Slope = Callable[[Any, Tensor, Tensor], Tensor]
+Derivative = Callable[[Any, Tensor, Tensor], Tensor]
 
 _CELLS = 16  # of the bracket, among which the one with the lowest value is chosen
-_STEPS = 15  # of a safeguarded Newton method inside it
+_STEPS = 8  # of a safeguarded Newton method inside it
 
-# type -> (s(x); s'(x) given x and s(x); the largest slope). The bracket relies on rising everywhere.
-_RISING: dict[type[nn.Module], tuple[Value, Slope, float]] = {
-    nn.Sigmoid: (lambda m, x: torch.sigmoid(x), lambda m, x, y: y * (1 - y), 0.25),
-    nn.Tanh: (lambda m, x: torch.tanh(x), lambda m, x, y: 1 - y * y, 1.0),
+# type -> (s(x); s' given x and s; s'' given s and s'; the largest slope). The bracket relies on rising everywhere.
+_RISING: dict[type[nn.Module], tuple[Value, Derivative, Derivative, float]] = {
+    nn.Sigmoid: (lambda m, x: torch.sigmoid(x), lambda m, x, y: y * (1 - y), lambda m, y, d: d * (1 - 2 * y), 0.25),
+    nn.Tanh: (lambda m, x: torch.tanh(x), lambda m, x, y: 1 - y * y, lambda m, y, d: -2 * y * d, 1.0),
     nn.Softplus: (
         lambda m, x: functional.softplus(x, m.beta, m.threshold),
         lambda m, x, y: torch.sigmoid(m.beta * x),
+        lambda m, y, d: m.beta * d * (1 - d),
         1.0,
     ),
 }
@@ -81,35 +82,31 @@ def _rising(activation: nn.Module, code: Tensor, change: Tensor, weight: float) 
     two minima in between (a code deep in the flat part of a sigmoid), so the bracket is sampled first, more finely
     towards 0, where most optima are. Two minima in one cell are possible only for weights well below 0.1.
     """
-    value, slope, steepest = _RISING[type(activation)]
-    sign = change.sign()
-    here = value(activation, code)
-    span = change.abs() * min(weight**-0.5, steepest / weight)
-
-    def excess_and_slope(move: Tensor) -> tuple[Tensor, Tensor]:
-        """How far the activation has then moved beyond what is wanted, along the sign; and how steep it is there."""
-        x = code + sign * move
-        y = value(activation, x)
-        return sign * (y - here) - change.abs(), slope(activation, x, y)
-
-    best = torch.zeros_like(span)
-    lowest = change.square()
+    value, slope, bend, steepest = _RISING[type(activation)]
+    wanted = value(activation, code) + change
+    span = change * min(weight**-0.5, steepest / weight)  # with its sign, as all moves below
+    price = weight * span.square()
+    best, lowest = torch.zeros_like(span), change.square()
+    shares = [(cell / _CELLS) ** 2 for cell in range(_CELLS + 1)]
     for cell in range(1, _CELLS + 1):
-        move = span * (cell / _CELLS) ** 2
-        cost = excess_and_slope(move)[0].square() + weight * move.square()
+        gap = value(activation, torch.add(code, span, alpha=shares[cell])).sub_(wanted)
+        cost = gap.square_().add_(price, alpha=shares[cell] ** 2)
         best = torch.where(cost < lowest, float(cell), best)
         lowest = torch.minimum(cost, lowest)
-    lower = span * ((best - 1).clamp_min(0) / _CELLS).square()
-    upper = span * ((best + 1).clamp_max(_CELLS) / _CELLS).square()
     move = span * (best / _CELLS).square()
-    for step in range(_STEPS):
-        excess, rise = excess_and_slope(move)
-        gradient = excess * rise + weight * move
-        upper = torch.where(gradient > 0, move, upper)
-        lower = torch.where(gradient > 0, lower, move)
-        newton = move - gradient / (rise.square() + weight)  # Gauss-Newton: the curvature is never negative
-        # The middle now and then, for Gauss-Newton steps can be short where much is wanted of a bent activation.
-        move = (lower + upper) / 2
-        if step % 3 != 2:
-            move = torch.where((newton >= lower) & (newton <= upper), newton, move)
-    return sign * move
+    inner = span * ((best - 1).clamp_min_(0) / _CELLS).square_()  # the ends of the cells on both sides
+    outer = span * ((best + 1).clamp_max_(_CELLS) / _CELLS).square_()
+    outwards = span.sign()
+    for _ in range(_STEPS):
+        x = code + move
+        y = value(activation, x)
+        first = slope(activation, x, y)
+        excess = y - wanted
+        gradient = excess * first + weight * move
+        curvature = excess * bend(activation, y, first) + first.square() + weight
+        beyond = gradient * outwards > 0
+        outer, inner = torch.where(beyond, move, outer), torch.where(beyond, inner, move)
+        newton = move - gradient / curvature
+        inside = (newton - inner) * (newton - outer) <= 0
+        move = torch.where(inside, newton, (inner + outer) / 2)
+    return move

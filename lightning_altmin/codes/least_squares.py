@@ -25,7 +25,7 @@ class LeastSquaresCodes(CodeSolver):
         c &= \arg\min_c \|s(c) - s(c^f) - \Delta a\|^2 + weight\, \|c - c^f\|^2
 
     The first is linear: one Cholesky factorisation, of the smaller of ``W^T W`` and ``W W^T``, serves the whole batch.
-    The second is elementwise: three cases for ReLU and LeakyReLU, a safeguarded Newton inverse for Sigmoid, Tanh and
+    The second is elementwise: three cases for ReLU and LeakyReLU, a safeguarded Newton method for Sigmoid, Tanh and
     Softplus. Each is solved exactly; **the pair is not the optimum of the code's problem**, which has both at once.
 
     Backprop multiplies the signal by ``W^T`` and ``s'`` at each layer; this divides by them, as far as ``damping`` and
