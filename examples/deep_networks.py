@@ -46,7 +46,7 @@ class Task:
 
 
 TASKS = {
-    "sigmoid8": Task("sigmoid", 8, 5, damping=1.0, weight=0.1, mu=0.3, lr=0.002),
+    "sigmoid8": Task("sigmoid", 8, 5, damping=3.0, weight=0.1, mu=0.1, lr=0.004),
     "relu20": Task("relu", 20, 10, damping=0.1, weight=0.1, mu=1.0, lr=0.001),
     "tanh20": Task("tanh", 20, 10, damping=0.1, weight=0.1, mu=1.0, lr=0.001),
 }
