@@ -3,7 +3,14 @@
 from lightning_altmin.__about__ import __version__
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.baselines import BackpropModule
-from lightning_altmin.codes import CodeSolver, CurvatureCodes, GradientCodes, LineSearchCodes
+from lightning_altmin.codes import (
+    CodeSolver,
+    CurvatureCodes,
+    GradientCodes,
+    LeastSquaresCodes,
+    LineSearchCodes,
+    ProximalCodes,
+)
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
@@ -21,8 +28,10 @@ __all__ = [
     "CurvatureCodes",
     "GradientCodes",
     "LayerwiseWeights",
+    "LeastSquaresCodes",
     "LineSearchCodes",
     "LocalGradient",
+    "ProximalCodes",
     "Step",
     "WeightSolver",
     "__version__",

@@ -81,6 +81,7 @@ class AltMin(nn.Module):
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
+        self.codes.check(self.coded.stages, self.objective)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self.codes.prepare(self.coded.depth)
         self._nonfinite: Policy = nonfinite

@@ -75,6 +75,14 @@ class CodeProblem:
 
     def gradient(self, move: Tensor | None = None) -> Tensor:
         """Gradient of ``J / mu``, summed over samples, at ``forward + move``; without a move it costs no forward."""
+        gradient = self.smooth_gradient(move)
+        if self.objective.lambda_c > 0:
+            sparsity = self.objective.code_sparsity_gradient(self._code(move))
+            gradient = gradient.add_(sparsity if self.signal is None else sparsity * self.signal)
+        return gradient
+
+    def smooth_gradient(self, move: Tensor | None = None) -> Tensor:
+        """`gradient` without the l1 term, for solvers that treat that term exactly."""
         if self._coupling is not None:
             gradient = self._coupling(move)
         else:
@@ -83,9 +91,6 @@ class CodeProblem:
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
             gradient = gradient.add_(anchor)
-        if self.objective.lambda_c > 0:
-            sparsity = self.objective.code_sparsity_gradient(self._code(move))
-            gradient = gradient.add_(sparsity if self.signal is None else sparsity * self.signal)
         return gradient
 
     def curvature(self, direction: Tensor, move: Tensor | None = None) -> Tensor:
@@ -133,6 +138,14 @@ class CodeProblem:
 
 class CodeSolver(nn.Module, ABC):
     """Moves one code to lower its problem. Subclass and write `solve`; the sweep over codes is the algorithm's."""
+
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+        """Called once with what it will be asked to solve; a solver that cannot do it refuses here.
+
+        Raises:
+            ValueError: If a stage or a term of the objective cannot be served, naming it.
+        """
+        return
 
     def prepare(self, depth: int) -> None:
         """Called once with the number of codes; a solver that keeps something per code makes its buffers here."""

@@ -16,6 +16,7 @@ from lightning_altmin.altmin import AltMin
 from lightning_altmin.codes import CodeProblem
 from lightning_altmin.engines import BatchState, Gradients
 from lightning_altmin.guard import Buffers, is_bad
+from lightning_altmin.losses import LossAt
 from lightning_altmin.network import Stage
 from lightning_altmin.optim import clear_gradients, equal_groups_merged
 from lightning_altmin.strategies.agreement import Signature, refuse_differences
@@ -32,6 +33,8 @@ class _MicroBatch:
 
     y: Any
     samples: int
+    loss: LossAt = field(init=False)
+    """At the output of this process's last stage."""
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     states: list[BatchState] = field(default_factory=list)
@@ -119,7 +122,7 @@ class LayerParallel:
         total = [(same[0][0], _sum([g for _, g in same])) for same in zip(*gradients, strict=True)]
         loss = x.new_zeros(())
         if self._above is None:
-            means = [core.local_loss.mean(part.outputs[-1], part.y) for part in parts]
+            means = [part.loss.mean() for part in parts]
             loss = _sum([_share(m, w / sum(weights)) for m, w in zip(means, weights, strict=True)])
         loss, bad = self._agree(loss, is_bad(total, [loss]), measures)
         for border in (self._below, self._above):
@@ -141,9 +144,12 @@ class LayerParallel:
             code, state = stage.encode(code)
             part.outputs.append(code)
             part.states.append(state)
+        loss = self.core.local_loss
         if self._above is None:
-            self.core.local_loss.check(code, y)
+            loss.check(code, y)
+            part.loss = loss.at(code, y)
         else:
+            part.loss = LossAt(loss, code, y)  # asked for nothing here, as ``code`` is not the network's output
             self._above.send(code)
         return part
 
@@ -165,8 +171,7 @@ class LayerParallel:
                 forward=part.inputs[index],
                 forward_output=part.outputs[index],
                 target_move=part.moves[index + 1],
-                loss=self.core.local_loss,
-                y=part.y,
+                loss=part.loss,
                 level=self.first + index - 1,
                 measures=measures,
                 signal=part.signals[index + 1],
@@ -195,8 +200,7 @@ class LayerParallel:
                 move=part.moves[index + 1],
                 forward_input=forward,
                 input_move=move,
-                loss=self.core.local_loss,
-                y=part.y,
+                loss=part.loss,
                 signal=part.signals[index + 1],
             )
             own = weights.gradients(problem)

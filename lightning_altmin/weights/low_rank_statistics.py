@@ -69,10 +69,6 @@ class LowRankStatistics(nn.Module):
             values, inner = torch.linalg.eigh(torch.where(finite, (small + small.t()) / 2, torch.zeros_like(small)))
             self.directions, self.values = (turned @ inner).contiguous(), values.clamp_min(0)
 
-    def discount(self, factor: float) -> None:
-        """Multiply all sums; directions stay where they are."""
-        self.values, self.trace, self.rows = self.values * factor, self.trace * factor, self.rows * factor
-
     def _times(self, parts: list[Tensor], matrix: Tensor, forgetting: float) -> Tensor:
         """``(f A + sum a a^T) @ matrix``, without the part of A that is not known by direction."""
         product = (self.directions * (self.values * forgetting)) @ (self.directions.t() @ matrix)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_altmin import AltMin, AltMinObjective, CodedNetwork, CurvatureCodes, GradientCodes, LocalGradient
+from lightning_altmin import (
+    AltMin,
+    AltMinObjective,
+    CodedNetwork,
+    CurvatureCodes,
+    GradientCodes,
+    LeastSquaresCodes,
+    LocalGradient,
+)
 from lightning_altmin.nn import MLP
 from tests.core.comparisons import assert_bit_equal
 
@@ -24,6 +32,14 @@ def _fresh() -> Any:
 
 def mlp() -> nn.Module:
     return MLP(6, [9, 8], 4, batch_norm=True).double()
+
+
+def plain() -> nn.Module:
+    return MLP(6, [9, 8], 4).double()
+
+
+def sigmoid() -> nn.Module:
+    return MLP(6, [9, 8], 4, activation="sigmoid").double()
 
 
 def conv() -> nn.Module:
@@ -48,10 +64,18 @@ def batch(module: nn.Module, count: int = 12) -> tuple[torch.Tensor, torch.Tenso
     return torch.randn(shape, dtype=torch.float64), torch.randint(4, (count,))
 
 
-CODES: dict[str, Any] = {"curvature": CurvatureCodes, "gradient": lambda: GradientCodes(3, 0.2, 0.9, nesterov=True)}
+CODES: dict[str, Any] = {
+    "curvature": CurvatureCodes,
+    "gradient": lambda: GradientCodes(3, 0.2, 0.9, nesterov=True),
+    "least squares": LeastSquaresCodes,
+}
 
 
-@pytest.mark.parametrize(("make", "codes"), [(mlp, "curvature"), (conv, "gradient")], ids=["mlp", "conv"])
+@pytest.mark.parametrize(
+    ("make", "codes"),
+    [(mlp, "curvature"), (conv, "gradient"), (plain, "least squares"), (sigmoid, "least squares")],
+    ids=["mlp", "conv", "least squares", "least squares, sigmoid"],
+)
 def test_compiled_steps_are_the_eager_ones(make: Any, codes: str) -> None:
     """Catches a phase that is compiled wrongly, a buffer that is not updated, or results of another batch."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_altmin import AltMinModule, BackpropModule, GradientCodes, LocalGradient
+from lightning_altmin import AltMinModule, BackpropModule, GradientCodes, LeastSquaresCodes, LocalGradient
 from lightning_altmin.random_state import random_state, set_random_state
 from tests.module.interruption import assert_equal, assert_resumes, final_state
 from tests.module.problems import loader, network, samples, trainer
@@ -87,6 +87,11 @@ def altmin(**settings: Any) -> AltMinModule:
     return AltMinModule(network(0.3, norm=True), weights=weights, **({"lr_scheduler": step_schedule} | settings))
 
 
+def least_squares(**settings: Any) -> AltMinModule:
+    """Its codes refuse dropout and BatchNorm."""
+    return AltMinModule(network(), codes=LeastSquaresCodes(), **({"lr_scheduler": step_schedule} | settings))
+
+
 def backprop(**settings: Any) -> BackpropModule:
     """The twin, with dropout and BatchNorm as well."""
     return BackpropModule(network(0.3, norm=True), **({"lr_scheduler": step_schedule} | settings))
@@ -98,7 +103,7 @@ def data(kind: str, validation: bool) -> Callable[[], dict[str, Any]]:
     return lambda: {"train_dataloaders": LOADERS[kind](), **val}
 
 
-both = pytest.mark.parametrize("make", [altmin, backprop])
+both = pytest.mark.parametrize("make", [altmin, backprop, least_squares])
 
 
 @both
@@ -244,7 +249,7 @@ def test_random_state_round_trip() -> None:
     assert draws() == expected
 
 
-@both
+@pytest.mark.parametrize("make", [altmin, backprop])
 def test_loading_weights_alone_does_not_touch_the_random_state(make: Any, tmp_path: Path) -> None:
     """Catches a new run that is no longer governed by its own seed because its weights came from a checkpoint."""
     first = trainer(max_epochs=1)
