@@ -218,14 +218,16 @@ class AltMin(nn.Module):
         admitted = self.guard.admit(step.number, gradients, bad, step._buffers)
         for parameter, gradient in admitted:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return bool(admitted)
+        return bool(admitted) or not gradients
 
     def differentiate(self, step: Step, inner: int = 0) -> tuple[Gradients, Tensor]:
         """Each stage's local gradient, and whether the batch is bad (a bool scalar); changes no parameter."""
         gradients: Gradients = []
         for problem in self.weight_problems(step, inner):
             gradients += self.weights.gradients(problem)
-            if step._keep and inner == 0 and problem.residual is not None:
+            if step._keep and inner == 0 and problem.move is not None:
+                _ = problem.output_gradient  # which finds the residual, if the solver had no need of it
+                assert problem.residual is not None
                 step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
         gradients = self.weights.complete(gradients)
         return gradients, is_bad(gradients, self._evidence(step))
@@ -272,6 +274,7 @@ class AltMin(nn.Module):
             input_move=move,
             loss=step._loss_at,
             signal=None if stage.is_output else step._signals[level],
+            processes=self.processes,
             number=step.number,
         )
 

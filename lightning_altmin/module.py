@@ -106,6 +106,11 @@ class AltMinModule(SupervisedModule):
                 f"accumulate_batches={accumulate_batches} needs compile=True or False, got compile={compile!r}: a CUDA "
                 "graph would overwrite the gradients that are being accumulated"
             )
+        if self.core.weights.sets_weights and (accumulate_batches > 1 or gradient_clip_norm is not None):
+            raise ValueError(
+                "weights: these solve for the weights of some layers, which cannot be averaged or clipped on the way; "
+                f"leave out accumulate_batches={accumulate_batches} and gradient_clip_norm={gradient_clip_norm}"
+            )
         self.skips_nonfinite = nonfinite == "skip"
         self._check_clip(gradient_clip_norm)
         self.gradient_clip_norm = gradient_clip_norm

@@ -19,6 +19,15 @@ class Processes:
     Strategies subclass it; the algorithm asks it once per weight step and knows nothing else of other processes.
     """
 
+    @property
+    def count(self) -> int:
+        """Number of processes that share a batch."""
+        return 1
+
+    def sum(self, vector: Tensor) -> Tensor:
+        """The sum over these processes; all of them must ask for it."""
+        return vector
+
     def share(
         self, core: AltMin, step: Step, gradients: Gradients, bad: Tensor, first: bool
     ) -> tuple[Gradients, Tensor]:

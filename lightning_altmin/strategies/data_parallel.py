@@ -47,6 +47,14 @@ class DataParallel(Processes):
         self._group = group
         self._agreed = False
 
+    @property
+    def count(self) -> int:
+        return dist.get_world_size(self._group)
+
+    def sum(self, vector: Tensor) -> Tensor:
+        dist.all_reduce(vector, group=self._group)
+        return vector
+
     @torch.no_grad()
     def broadcast(self, core: AltMin) -> None:
         """Give every process the parameters and buffers of the first one."""

@@ -14,6 +14,7 @@ from lightning_altmin.engines import BatchState, Gradients, StageMap
 from lightning_altmin.losses import LossAt
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.processes import Processes
 
 Inputs = Literal["moved", "forward"]
 """Which codes are the inputs of the weight step: moved by the code step (the paper), or the forward ones."""
@@ -39,6 +40,7 @@ class WeightProblem:
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
             coupling's gradient is divided by it. A positive factor leaves the coupling's minimum where it is; this one
             keeps the gradient's size from following the code solver's step lengths. `None` with several weight steps.
+        processes: Who else has samples of this batch.
         number: Number of the batch, counted from 0 since training began.
     """
 
@@ -52,6 +54,7 @@ class WeightProblem:
     input_move: Tensor | None
     loss: LossAt
     signal: Tensor | None = None
+    processes: Processes = field(default_factory=Processes)
     passing: bool = False
     """Whether `last_gradients` may let go of the tensors above as soon as it is done with them."""
     number: int = 0
@@ -144,11 +147,14 @@ class WeightSolver(nn.Module, ABC):
     Attributes:
         inputs: Which codes the weight step reads; override `inputs_of` to choose per stage.
         steps: Weight steps per batch, >= 1. All of them together are one optimization step of the batch.
+        sets_weights: Whether the optimizer's step leads to weights that were solved for, and not along a direction:
+            then it must not be clipped or averaged over batches.
         traceable: Whether `gradients` can be part of a compiled graph: it keeps nothing from batch to batch.
     """
 
     inputs: Inputs = "moved"
     steps: int = 1
+    sets_weights: bool = False
     traceable: bool = True
 
     def inputs_of(self, stage: Stage) -> Inputs:

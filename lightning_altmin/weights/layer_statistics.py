@@ -36,6 +36,8 @@ class LayerStatistics(nn.Module):
     B: Tensor | None
     rows: Tensor
     inverse: Tensor | None
+    is_share: Tensor
+    """Whether this is one process's share, a bool scalar; a buffer, so that it goes back with the others."""
 
     def __init__(self, layer: LeastSquaresLayer, dtype: torch.dtype, targets: bool, inverse: bool) -> None:
         super().__init__()
@@ -45,8 +47,8 @@ class LayerStatistics(nn.Module):
         self.register_buffer("B", square.new_zeros(layer.outputs, layer.inputs) if targets else None)
         self.register_buffer("rows", square.new_zeros(()))
         self.register_buffer("inverse", torch.zeros_like(square) if inverse else None)
+        self.register_buffer("is_share", torch.tensor(False, device=device), persistent=False)
         self._layer = layer
-        self.is_share = False
 
     def add(
         self,
@@ -67,7 +69,7 @@ class LayerStatistics(nn.Module):
         """
         discount = forgetting
         if processes > 1 and not self.is_share:
-            discount, self.is_share = forgetting / processes, True
+            discount, self.is_share = forgetting / processes, torch.ones_like(self.is_share)
         A, B = self.A * discount, None if self.B is None else self.B * discount
         rows = self.rows * discount
         others = [tensor for tensor in (target, mask) if tensor is not None]
@@ -96,7 +98,7 @@ class LayerStatistics(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)
-        self.is_share = False  # what is saved is the whole
+        self.is_share = torch.zeros_like(self.is_share)  # what is saved is the whole
 
     def renew(self, ridge: float) -> None:
         """Compute the damped inverse of the mean of ``a a^T``; ``ridge`` is relative to the mean of its diagonal."""
@@ -143,7 +145,7 @@ class LayerStatistics(nn.Module):
         self.rows = rows.clone()
         if self.B is not None:
             self.B = targets.reshape(self.B.shape).clone()
-        self.is_share = False
+        self.is_share = torch.zeros_like(self.is_share)
 
     def _upper(self) -> tuple[Tensor, Tensor]:
         size = self.A.shape[0]

@@ -42,6 +42,7 @@ class LayerwiseWeights(WeightSolver):
         if len(set(steps.values())) > 1:
             raise ValueError(f"solvers must take the same number of weight steps per batch, got {steps}")
         self.steps = next(iter(steps.values()))
+        self.sets_weights = any(solver.sets_weights for solver in solvers.values())
         self.traceable = all(solver.traceable for solver in solvers.values())
         self._names = list(solvers)
         self._solvers = nn.ModuleList(solvers.values())
@@ -76,6 +77,15 @@ class LayerwiseWeights(WeightSolver):
         for solver in self._solvers:
             gradients = solver.complete(gradients)  # type: ignore[operator]
         return gradients
+
+    def measured(self) -> list[Tensor]:
+        return [value for solver in self._solvers for value in solver.measured()]  # type: ignore[operator]
+
+    def learn(self, sums: Sequence[Tensor]) -> None:
+        for solver in self._solvers:
+            count = len(solver.measured())  # type: ignore[operator]
+            solver.learn(sums[:count])  # type: ignore[operator]
+            sums = sums[count:]
 
     def evidence(self) -> list[Tensor]:
         return [scalar for solver in self._solvers for scalar in solver.evidence()]  # type: ignore[operator]

@@ -119,6 +119,11 @@ def least_squares_layer(stage: Stage) -> LeastSquaresLayer:
         raise ValueError(
             f"a memory needs Linear or Conv2d layers, but stage {stage.name!r} has {type(layer).__name__}; {remedy}"
         )
+    if layer._parameters.get("weight") is None:
+        raise ValueError(
+            f"a memory sets a layer's weight, but that of stage {stage.name!r} is computed from others (a "
+            f"parametrization, such as weight_norm); {remedy}"
+        )
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         raise ValueError(
             f"a memory has one matrix for all of a layer's inputs, but the convolution of stage {stage.name!r} has "

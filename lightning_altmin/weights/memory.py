@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_altmin.engines import Gradients
 from lightning_altmin.network import Stage
 from lightning_altmin.optim import LayerwiseOptimizer
+from lightning_altmin.processes import Processes
 from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 from lightning_altmin.weights.innovation import InnovationForm, Positions
 from lightning_altmin.weights.layer_statistics import LayerStatistics
@@ -22,10 +23,11 @@ from lightning_altmin.weights.limited_descent import LimitedDescent
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
 from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
 from lightning_altmin.weights.memory_form import Memory, MemoryForm
-from lightning_altmin.weights.rank_sum import processes, sum_over_ranks
 
 Form = Literal["innovation", "solve"]
 Equations = Literal["cholesky", "bcd"]
+
+_LIMIT = 0.2
 
 
 class CoactivationMemory(WeightSolver):
@@ -54,7 +56,8 @@ class CoactivationMemory(WeightSolver):
         limit: Largest change of a layer in one step of the innovation form, relative to its norm, > 0; ``None`` for no
             bound, and then large steps diverge in networks with convolutions.
         positions: What the innovation form divides a convolution's sum over positions by: ``"mean"``, their number, or
-            its ``"root"``. Changes asked for at neighbouring positions agree in part, so their mean is a timid step.
+            its ``"root"``, which is used if not given. Changes asked for at neighbouring positions agree in part, so
+            their mean is a timid step.
         rank: Keep only this many leading directions of A, >= 1, in layers with more inputs than that: for wide layers,
             in the innovation form.
         every: Batches from one use of new statistics to the next, >= 1. The innovation form measures at these batches
@@ -82,8 +85,8 @@ class CoactivationMemory(WeightSolver):
         ridge: float | None = None,
         forgetting: float | None = None,
         step: float | None = None,
-        limit: float | None = 0.2,
-        positions: Positions = "root",
+        limit: float | None = _LIMIT,
+        positions: Positions | None = None,
         rank: int | None = None,
         every: int = 10,
         lambda_w: float = 0.0,
@@ -101,13 +104,18 @@ class CoactivationMemory(WeightSolver):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
         self._form: MemoryForm
         if form == "innovation":
-            if positions not in ("root", "mean"):
+            if positions not in (None, "root", "mean"):
                 raise ValueError(f"positions must be 'root' or 'mean', got {positions!r}")
-            self._form = _innovation(solver, ridge, lambda_w, every, positions)
+            self._form = _innovation(solver, ridge, lambda_w, every, positions or "root")
             self.step = _in_range("step", 0.8 if step is None else step, 0, 1)
         elif form == "solve":
             if step is not None:
                 raise ValueError("step belongs to form='innovation': form='solve' goes to the solution itself")
+            if positions is not None or limit not in (None, _LIMIT):
+                raise ValueError(
+                    f"positions={positions!r} and limit={limit} belong to form='innovation': form='solve' goes to the "
+                    "solution itself"
+                )
             self._form = _solve(solver, ridge, lambda_w, every)
             self.step = 1.0
         else:
@@ -121,12 +129,14 @@ class CoactivationMemory(WeightSolver):
         self.form = form
         self.every = every
         self.forgetting = (0.95 if form == "innovation" else 1.0) if forgetting is None else forgetting
+        self.sets_weights = form == "solve"
         self._inputs = inputs
         self._others = optimizer
         self._memories: dict[str, Memory] = {}
         self._statistics = nn.ModuleDict()
         self._pending: list[tuple[Memory, Tensor | None]] = []
         self._batch: int | None = None
+        self._processes = Processes()
         self._measured = self._renews = False
 
     # ---------------------------------------------------------------- what the algorithm asks for
@@ -166,12 +176,13 @@ class CoactivationMemory(WeightSolver):
                 "CoactivationMemory(form='solve', solver='bcd', lambda_w=...)"
             )
         layer, statistics = memory.layer, memory.statistics
+        self._processes = problem.processes
         if problem.number != self._batch:  # what a batch that failed half-way has left behind
             self._batch, self._pending = problem.number, []
         self._measured, self._renews = self._form.measures(problem.number), self._form.renews(problem.number)
         if self._measured:
             target, mask = self._form.targets(problem, memory)
-            statistics.add(problem.live.layer_input(layer.layer), target, mask, self.forgetting, processes())
+            statistics.add(problem.live.layer_input(layer.layer), target, mask, self.forgetting, self._processes.count)
         gradients: Gradients = []
         if _beside(problem.stage, memory):
             own = {id(p) for p in layer.parameters}
@@ -199,36 +210,31 @@ class CoactivationMemory(WeightSolver):
     def synchronize(self) -> None:
         """Sum the statistics over processes, if they hold shares; all of them must call it, before a save for one."""
         kept = [memory.statistics for memory in self._memories.values()]
-        sum_over_ranks([each for each in kept if isinstance(each, LayerStatistics)])
+        shared = [each for each in kept if isinstance(each, LayerStatistics)]
+        if self._processes.count == 1 or not any(each.is_share for each in shared):
+            return
+        # One flat collective over all layers, of A's upper triangles, B and the number of rows.
+        parts = [each.packed() for each in shared]
+        sums = torch.split(self._processes.sum(torch.cat(parts)), [part.numel() for part in parts])
+        for each, whole in zip(shared, sums, strict=True):
+            each.unpack(whole)
 
     def _save_to_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self.synchronize()  # the statistics are children, and saved after this
         super()._save_to_state_dict(*arguments, **keywords)
-
-    def forget(self, factor: float = 0.0) -> None:
-        """Let all that has been seen so far count ``factor`` times as much: at the end of a task, say.
-
-        Args:
-            factor: In [0, 1]; 0 forgets it all, so that each task has a memory of its own.
-
-        Raises:
-            ValueError: If ``factor`` is out of its range.
-        """
-        if not 0 <= factor <= 1:
-            raise ValueError(f"factor must lie in [0, 1], got {factor}")
-        for memory in self._memories.values():
-            memory.statistics.discount(factor)
 
     @torch.no_grad()
     def solve(self) -> None:
         """Set the weights of all layers to what their statistics ask for now: at the end of a stream, say.
 
         Raises:
-            ValueError: Unless ``form="solve"``.
+            ValueError: Unless ``form="solve"``, and if nothing was seen.
         """
         if not isinstance(self._form, SolveForm):
             raise ValueError(f"form={self.form!r} keeps no targets to solve for; use form='solve'")
         self.synchronize()
+        if empty := [name for name, memory in self._memories.items() if float(memory.statistics.rows) == 0]:
+            raise ValueError(f"the memories of stages {empty} have seen nothing to solve for; train on a batch first")
         for memory in self._memories.values():
             for parameter, value in memory.layer.split(self._form.solution(memory)):
                 parameter.copy_(value)

@@ -58,3 +58,14 @@ def test_statistics_follow_the_module() -> None:
     assert isinstance(module.network, nn.Sequential)
     module.to(torch.float64)
     assert all(module.state_dict()[name].dtype == torch.float64 for name in held)
+
+
+@pytest.mark.parametrize("settings", [{"accumulate_batches": 2}, {"gradient_clip_norm": 1.0}])
+def test_solutions_are_not_clipped_or_averaged(settings: Any) -> None:
+    """Catches weights that end somewhere on the way to their solution, in a memory of one layer among others, too."""
+    for weights in (
+        CoactivationMemory("solve"),
+        LayerwiseWeights({"output": LocalGradient(), "default": CoactivationMemory("solve")}),
+    ):
+        with pytest.raises(ValueError, match="cannot be averaged or clipped on the way"):
+            AltMinModule(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), weights=weights, **settings)

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lightning_altmin import AltMin, CoactivationMemory, GradientCodes
+from lightning_altmin.processes import Processes
+from lightning_altmin.strategies import DataParallel
 from tests.weights.gloo import run
 
 SETTINGS: list[dict[str, Any]] = [
@@ -30,39 +32,36 @@ def stream() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def model(settings: dict[str, Any]) -> AltMin:
+def model(settings: dict[str, Any], processes: Processes | None = None) -> AltMin:
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 6), nn.Tanh(), nn.Linear(6, 4)
     ).double()
     codes = GradientCodes(steps=2, lr=0.5)  # what CurvatureCodes measures depends on the process
-    return AltMin(network, nn.CrossEntropyLoss(), codes=codes, weights=CoactivationMemory(**settings))
+    return AltMin(
+        network, nn.CrossEntropyLoss(), codes=codes, weights=CoactivationMemory(**settings), processes=processes
+    )
+
+
+class Counting(DataParallel):
+    """Remembers the length of each vector of statistics that was summed."""
+
+    sizes: list[int]
+
+    def sum(self, vector: Tensor) -> Tensor:
+        self.sizes.append(vector.numel())
+        return super().sum(vector)
 
 
 def train(rank: int, settings: dict[str, Any], count: int) -> tuple[dict[str, Tensor], int, int]:
-    """Every process trains on its part of each batch; gradients are averaged as a strategy would."""
-    core, calls, numbers = model(settings), 0, 0
-    reduce = distributed.all_reduce
-
-    def counted(tensor: Tensor, *rest: Any, **more: Any) -> Any:
-        nonlocal calls, numbers
-        calls, numbers = calls + 1, tensor.numel()
-        return reduce(tensor, *rest, **more)
-
-    distributed.all_reduce = counted
+    """Every process trains on its part of each batch."""
+    core, sizes = model(settings, Counting()), []
+    core.processes.sizes = sizes
     for x, y in stream():
-        step = core.encode(x.chunk(count)[rank], y.chunk(count)[rank])
-        core.solve_codes(step)
-        core.fill_gradients(step)
-        for parameter in core.network.parameters():
-            if parameter.grad is not None:
-                reduce(parameter.grad)
-                parameter.grad /= count
-        core.optimizer.step()
-        core.optimizer.zero_grad()
-    before_save = calls
+        core.step(x.chunk(count)[rank], y.chunk(count)[rank])
+    before_save = len(sizes)
     state = {name: value for name, value in core.state_dict().items() if "codes." not in name}
-    return state, before_save, numbers
+    return state, before_save, sizes[-1]
 
 
 def train_all(rank: int, count: int) -> list[tuple[dict[str, Tensor], int, int]]:
@@ -94,3 +93,36 @@ def test_two_processes_equal_one(index: int, two_processes: list[Any]) -> None:
     assert calls == (7 // settings["every"] if solves else 5)  # innovation: after batches 0, 1, 2, 3, 6
     size = sum(n * (n + 1) // 2 + 1 + (n * o if solves else 0) for n, o in ((10, 3), (49, 6), (7, 4)))
     assert numbers == size  # upper triangles, one vector for all layers
+
+
+def rows_after_bad_batches(rank: int) -> list[float]:
+    """A bad batch in the middle of shares, one that would sum them, and a model that shares with nobody."""
+    found = []
+    for bad in (2, 3):
+        core = AltMin(
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+            nn.CrossEntropyLoss(),
+            weights=CoactivationMemory("solve", every=2),
+            nonfinite="skip",
+            processes=DataParallel(),
+        )
+        core.processes.broadcast(core)
+        for number in range(4):
+            x = torch.randn(16, 3)
+            core.step(x.fill_(torch.nan) if number == bad and rank == 0 else x, torch.randint(2, (16,)))
+        core.weights.synchronize()
+        found.append(float(core.weights._memories["0"].statistics.rows))
+    alone = AltMin(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+        nn.CrossEntropyLoss(),
+        weights=CoactivationMemory("solve", every=1),
+    )
+    alone.step(torch.randn(16, 3), torch.randint(2, (16,)))
+    return [*found, float(alone.weights._memories["0"].statistics.rows)]
+
+
+@pytest.mark.slow
+def test_rows_are_counted_once() -> None:
+    """Catches shares taken for the whole after a bad batch was undone, and statistics of unrelated models added."""
+    for found in run(rows_after_bad_batches, 2):
+        assert found == [3 * 32, 3 * 32, 16]

@@ -231,10 +231,36 @@ def test_a_task_can_be_forgotten(factor: float) -> None:
     core = AltMin(network, nn.MSELoss(), weights=memory)
     x, y = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 3, dtype=torch.float64)
     core.step(x[:30], y[:30])
-    memory.forget(factor)
+    memory.discount(factor)
     core.step(x[30:], y[30:])
     a = torch.cat([network[:2](x), torch.ones(60, 1, dtype=x.dtype)], 1)
     share = torch.cat([torch.full((30, 1), factor**0.5), torch.ones(30, 1)]).double()  # least squares squares it
     assert_layer(network[2], ridge_over(a * share, y * share, RIDGE, bias=False))
     with pytest.raises(ValueError, match=r"factor must lie in \[0, 1\], got 2"):
-        memory.forget(2)
+        memory.discount(2)
+
+
+def test_a_memory_that_has_seen_nothing_is_not_solved_for() -> None:
+    """Catches weights set to zero by a call that came too early."""
+    core = AltMin(random_features(), nn.CrossEntropyLoss(), weights=CoactivationMemory("solve"))
+    before = core.network[2].weight.clone()
+    with pytest.raises(ValueError, match="have seen nothing to solve for"):
+        core.weights.solve()
+    assert torch.equal(core.network[2].weight, before)
+
+
+@pytest.mark.parametrize("settings", [{"limit": 0.5}, {"positions": "mean"}])
+def test_settings_of_the_other_form_are_refused(settings: dict[str, Any]) -> None:
+    """Catches a bound on steps that the solve form would silently not keep."""
+    with pytest.raises(ValueError, match="belong to form='innovation'"):
+        CoactivationMemory("solve", **settings)
+
+
+def test_residuals_are_there_for_every_hidden_stage() -> None:
+    """Catches a monitor that reads another layer's residual, because a memory has no need of its own."""
+    core = AltMin(
+        nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), nn.MSELoss(), weights=CoactivationMemory("solve")
+    )
+    step = core.step(torch.randn(8, 5), torch.randn(8, 3))
+    assert len(step.residuals) == 1
+    assert float(step.residuals[0]) == pytest.approx(float(step.moves[0].square().sum() / 8), rel=1e-5)
