@@ -40,7 +40,8 @@ class Costs:
     """Seconds on one process: per layer and micro-batch, per parameter, per byte and per message."""
 
     encode: list[float]
-    solve: list[float]  # code step below the layer, and its weight gradients
+    solve: list[float]  # the code below the layer
+    weights: list[float]  # the layer's weight gradients
     parameters: list[int]
     optimizer: float  # per parameter
     byte: float
@@ -67,17 +68,16 @@ def measure(hidden: list[int], samples: int, link: tuple[float, float]) -> Costs
     step = core.encode(x, y)
     core.solve_codes(step)
     inputs = [x, *step.codes_forward]
-    encode, solve, parameters = [], [], []
+    encode, solve, weights, parameters = [], [], [], []
     problems = {level + 1: problem for problem, level in core.code_problems(step)}
     for level, stage in enumerate(core.coded.stages):
         encode.append(seconds(lambda stage=stage, level=level: stage.encode(inputs[level])))
-        codes = seconds(lambda level=level: core.codes.solve(problems[level])) if level in problems else 0.0
-        weights = seconds(lambda level=level: core.weights.gradients(core.weight_problem(step, level)))
-        solve.append(codes + weights)
+        solve.append(seconds(lambda level=level: core.codes.solve(problems[level])) if level in problems else 0.0)
+        weights.append(seconds(lambda level=level: core.weights.gradients(core.weight_problem(step, level))))
         parameters.append(sum(p.numel() for p in stage.parameters()))
     core.fill_gradients(step)
     optimizer = seconds(core.optimizer.step) / sum(parameters)
-    return Costs(encode, solve, parameters, optimizer, *link, border_bytes=4.0 * samples * max(hidden))
+    return Costs(encode, solve, weights, parameters, optimizer, *link, border_bytes=4.0 * samples * max(hidden))
 
 
 def _ping(rank: int, store: str, results: Any) -> None:
@@ -114,6 +114,7 @@ def layer_parallel(costs: Costs, processes: int, parts: int, batches: int = 6) -
     groups = [range(low, high + 1) for low, high in bounds]
     encode = [sum(costs.encode[i] for i in group) for group in groups]
     solve = [sum(costs.solve[i] for i in group) for group in groups]
+    weights = [sum(costs.weights[i] for i in group) for group in groups]
     update = [costs.optimizer * sum(costs.parameters[i] for i in group) for group in groups]
     travel = 2 * costs.message + costs.byte * costs.border_bytes
     free = [0.0] * processes  # when each has finished what it has begun
@@ -125,11 +126,11 @@ def layer_parallel(costs: Costs, processes: int, parts: int, batches: int = 6) -
                 free[rank] = max(free[rank], arrived[part]) + encode[rank]
                 arrived[part] = free[rank] + travel
         arrived = [0.0] * parts
-        # codes of all parts go down first, as `LayerParallel` solves part by part and then takes gradients of that part
         for rank in range(processes - 1, -1, -1):
             for part in range(parts):
                 free[rank] = max(free[rank], arrived[part]) + solve[rank]
-                arrived[part] = free[rank] + 2 * travel
+                arrived[part] = free[rank] + travel + 2 * costs.message
+                free[rank] += weights[rank]
         verdict = max(free) + 2 * costs.message * (processes - 1).bit_length()
         free = [verdict + seconds for seconds in update]
         ends.append(max(free))
@@ -138,7 +139,7 @@ def layer_parallel(costs: Costs, processes: int, parts: int, batches: int = 6) -
 
 def data_parallel(costs: Costs, processes: int, parts: int) -> float:
     """Seconds per batch: the work of ``parts`` micro-batches divided up, a ring all-reduce, and every weight's step."""
-    work = parts * (sum(costs.encode) + sum(costs.solve)) / processes
+    work = parts * (sum(costs.encode) + sum(costs.solve) + sum(costs.weights)) / processes
     numbers = sum(costs.parameters)
     ring = 2 * (processes - 1) * (costs.message + costs.byte * 4 * numbers / processes) if processes > 1 else 0.0
     return work + ring + costs.optimizer * numbers
@@ -160,7 +161,7 @@ def main() -> None:
     rows = []
     for depth in args.depth:
         costs = Costs(**vars(base))
-        for name in ("encode", "solve", "parameters"):
+        for name in ("encode", "solve", "weights", "parameters"):
             first, *_, middle, last = getattr(base, name)
             setattr(costs, name, [first, *[middle] * (depth - 1), last])
         for processes in (1, 2, 4, 8, 16, 32, 64):
