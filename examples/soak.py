@@ -31,6 +31,7 @@ from lightning_altmin.data import DigitsDataModule
 from lightning_altmin.nn import MLP
 
 PROCESSES, EPOCHS, BATCH = 2, 2, 50
+SECONDS = 600  # in which a run has to end, on a busy machine too
 
 
 class Kill(Callback):
@@ -82,9 +83,9 @@ def run(folder: Path, kill: tuple[int, int] | None = None, resume: bool = False)
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(SECONDS)
         if worker.is_alive():
-            raise SystemExit("a process did not end within 120 s")
+            raise SystemExit(f"a process did not end within {SECONDS} s")
     failed = [worker.exitcode for worker in workers if worker.exitcode]
     if kill is None and failed:
         raise SystemExit(f"a run that should have gone well ended with {failed}")
