@@ -47,7 +47,7 @@ class Task:
 
 TASKS = {
     "sigmoid8": Task("sigmoid", 8, 5, damping=3.0, weight=0.1, mu=0.1, lr=0.004),
-    "relu20": Task("relu", 20, 10, damping=0.2, weight=0.03, mu=1.0, lr=0.001),
+    "relu20": Task("relu", 20, 10, damping=0.1, weight=0.1, mu=1.0, lr=0.001),
     "tanh20": Task("tanh", 20, 10, damping=1.0, weight=0.1, mu=1.0, lr=0.001),
 }
 METHODS = ("least squares", "backprop, Adam", "backprop, SGD")
