@@ -4,8 +4,8 @@
     python examples/deep_networks.py --table
 
 Hidden layers of 100 units with PyTorch's default initialisation, batch 200; 50,000 images train, 10,000 validate after
-every epoch, and the test set is asked once, at the end. How settings were found, and that backprop was not tuned, is said
-in docs/deep.md. Rows are appended to docs/results/deep_networks.csv as runs end.
+every epoch, and the test set is asked once, at the end. docs/deep.md says how settings were found, and that backprop
+was not tuned. Rows are appended to docs/results/deep_networks.csv as runs end.
 """
 
 from __future__ import annotations
