@@ -94,23 +94,7 @@ class AltMinModule(SupervisedModule):
             nonfinite=nonfinite,
             compile=compile,
         )
-        if not isinstance(accumulate_batches, int) or accumulate_batches < 1:
-            raise ValueError(f"accumulate_batches must be an integer >= 1, got {accumulate_batches}")
-        if accumulate_batches > 1 and self.core.weights.steps > 1:
-            raise ValueError(
-                f"accumulate_batches={accumulate_batches} needs one weight step per batch, weights.steps is "
-                f"{self.core.weights.steps}"
-            )
-        if accumulate_batches > 1 and isinstance(compile, str):
-            raise ValueError(
-                f"accumulate_batches={accumulate_batches} needs compile=True or False, got compile={compile!r}: a CUDA "
-                "graph would overwrite the gradients that are being accumulated"
-            )
-        if self.core.weights.sets_weights and (accumulate_batches > 1 or gradient_clip_norm is not None):
-            raise ValueError(
-                "weights: these solve for the weights of some layers, which cannot be averaged or clipped on the way; "
-                f"leave out accumulate_batches={accumulate_batches} and gradient_clip_norm={gradient_clip_norm}"
-            )
+        self._check_accumulation(accumulate_batches, compile, gradient_clip_norm)
         self.skips_nonfinite = nonfinite == "skip"
         self._check_clip(gradient_clip_norm)
         self.gradient_clip_norm = gradient_clip_norm
@@ -285,6 +269,25 @@ class AltMinModule(SupervisedModule):
         if not isinstance(weights, LocalGradient):
             raise TypeError(f"layer_optimizers needs weights=LocalGradient(...), got {type(weights).__name__}")
         return weights.with_layers(factories)
+
+    def _check_accumulation(self, accumulate_batches: int, compile: bool | str, clip: object) -> None:
+        if not isinstance(accumulate_batches, int) or accumulate_batches < 1:
+            raise ValueError(f"accumulate_batches must be an integer >= 1, got {accumulate_batches}")
+        if accumulate_batches > 1 and self.core.weights.steps > 1:
+            raise ValueError(
+                f"accumulate_batches={accumulate_batches} needs one weight step per batch, weights.steps is "
+                f"{self.core.weights.steps}"
+            )
+        if accumulate_batches > 1 and isinstance(compile, str):
+            raise ValueError(
+                f"accumulate_batches={accumulate_batches} needs compile=True or False, got compile={compile!r}: a CUDA "
+                "graph would overwrite the gradients that are being accumulated"
+            )
+        if self.core.weights.sets_weights and (accumulate_batches > 1 or clip is not None):
+            raise ValueError(
+                "weights: these solve for the weights of some layers, which cannot be averaged or clipped on the way; "
+                f"leave out accumulate_batches={accumulate_batches} and gradient_clip_norm={clip}"
+            )
 
     def _check_clip(self, clip: float | dict[str, float] | None) -> None:
         names = {stage.name for stage in self.core.coded.stages}
