@@ -96,6 +96,12 @@ class LayerwiseWeights(WeightSolver):
             if hasattr(solver, "discount"):
                 solver.discount(factor, stages)  # type: ignore[operator]
 
+    def begin_task(self, stages: Sequence[str] | None = None) -> None:
+        """Count what follows as a new task in memories with a window; see ``CoactivationMemory.begin_task``."""
+        for solver in self._solvers:
+            if getattr(solver, "window", None) is not None:
+                solver.begin_task(stages)  # type: ignore[operator]
+
     def explain(self) -> str:
         return "\n\n".join(text for solver in self._solvers if (text := solver.explain()))  # type: ignore[operator]
 

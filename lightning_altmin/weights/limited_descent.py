@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,17 +20,17 @@ class LimitedDescent(Optimizer):
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate, > 0.
-        limit: Largest relative change of a group in one step, > 0; ``None`` for no bound.
+        limit: Largest relative change of a group in one step, > 0; infinite for no bound.
 
     Raises:
         ValueError: If a number is out of its range.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, limit: float | None = None) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, limit: float = math.inf) -> None:
         if not lr > 0:
             raise ValueError(f"lr must be a positive number, got {lr}")
-        if limit is not None and not limit > 0:
-            raise ValueError(f"limit must be a positive number or None, got {limit}")
+        if not limit > 0:
+            raise ValueError(f"limit must be a positive number, got {limit}")
         super().__init__(params, {"lr": lr, "limit": limit})
 
     @torch.no_grad()
@@ -44,7 +45,7 @@ class LimitedDescent(Optimizer):
                 continue
             gradients: list[Tensor] = [p.grad for p in parameters]
             rate: Tensor | float = group["lr"]
-            if group["limit"] is not None:
+            if group["limit"] < math.inf:
                 size, asked = _norm(parameters), _norm(gradients) * group["lr"]
                 share = group["limit"] * size / asked.clamp_min(torch.finfo(asked.dtype).tiny)
                 rate = group["lr"] * share.clamp_max(1.0).where(size > 0, 1.0)
