@@ -14,8 +14,8 @@ class LowRankStatistics(Preconditioner):
 
     What is summed is the product ``A U`` with directions that stay the same from one renewal to the next; from it a
     renewal finds better ones, by the Nystrom approximation :math:`A U (U^\top A U)^{-1} U^\top A`. So the directions
-    follow those of ``A`` by subspace iteration. The trace is exact, and with it ``rho``. Memory is ``2 * inputs * rank`` where
-    all of A and its inverse take ``2 * inputs^2``.
+    follow those of ``A`` by subspace iteration. The trace is exact, and with it ``rho``. Memory is
+    ``2 * inputs * rank`` where all of A and its inverse take ``2 * inputs^2``.
 
     Args:
         layer: The layer.

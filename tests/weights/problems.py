@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,3 +29,23 @@ def convolutional() -> nn.Sequential:
 def batch(network: nn.Module, count: int = 9) -> tuple[Tensor, Tensor]:
     shape = (2, 6, 6) if isinstance(next(network.children()), nn.Conv2d) else (6,)
     return torch.randn(count, *shape, dtype=torch.float64), torch.randint(4, (count,))
+
+
+def ridge_over(a: Tensor, c: Tensor, ridge: float, bias: bool = True) -> Tensor:
+    """The batch solution over all rows, a penalty row for each input."""
+    if bias:
+        a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+    penalty = (ridge * a.square().sum(0).mean()).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
+    stacked = torch.cat([a, penalty]), torch.cat([c, c.new_zeros(a.shape[1], c.shape[1])])
+    return torch.linalg.lstsq(*stacked, driver="gels").solution.t()
+
+
+def random_features() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    network[0].requires_grad_(False)
+    return network
+
+
+def assert_layer(layer: Any, expected: Tensor, tolerance: float = 1e-10) -> None:
+    found = torch.cat([layer.weight.flatten(1), layer.bias.unsqueeze(1)], 1)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

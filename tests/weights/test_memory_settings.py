@@ -11,25 +11,29 @@ from torch import nn
 from lightning_altmin import AltMin, AltMinObjective, CoactivationMemory, LayerwiseWeights, LocalGradient
 from tests.weights.problems import batch, mlp
 
-
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"form": "other"}, "form must be 'innovation' or 'solve', got 'other'"),
-    ({"solver": "bcd"}, "solver='bcd'.* belong to form='solve'"),
+    ({"solver": "bcd"}, "solver='bcd' belongs to form='solve', got form='innovation'"),
     ({"form": "solve", "solver": "qr"}, "solver must be 'cholesky' or 'bcd', got 'qr'"),
-    ({"lambda_w": 0.1}, "lambda_w=0.1 belong to form='solve'"),
+    ({"lambda_w": 0.1}, "lambda_w=0.1 belongs to form='solve', got form='innovation'"),
     ({"form": "solve", "lambda_w": 0.1}, "lambda_w=0.1 belongs to solver='bcd'"),
     ({"form": "solve", "solver": "bcd", "ridge": 0.1}, "ridge belongs to solver='cholesky'"),
-    ({"form": "solve", "step": 0.1}, "step belongs to form='innovation'"),
+    ({"form": "solve", "step": 0.1}, "step=0.1 belongs to form='innovation', got form='solve'"),
     ({"form": "solve", "ridge": -1.0}, "ridge must lie in"),
     ({"ridge": 0.0}, r"ridge must lie in \[0.1, 10\], got 0.0"),
     ({"step": 0.0}, r"step must lie in \(0, 1\], got 0.0"),
     ({"step": float("nan")}, "step must lie in"),
     ({"forgetting": 0.0}, r"forgetting must lie in \(0, 1\], got 0.0"),
     ({"every": 0}, "every must be an integer >= 1, got 0"),
-    ({"limit": 0.0}, "limit must be a positive number or None, got 0.0"),
+    ({"limit": 0.0}, "limit must be a positive number, or math.inf for no bound, got 0.0"),
     ({"positions": "sum"}, "positions must be 'root' or 'mean', got 'sum'"),
-    ({"rank": 0}, "rank must be an integer >= 1"),
-    ({"form": "solve", "rank": 5}, "with form='innovation', got 5 with form='solve'"),
+    ({"rank": -1}, "rank must be an integer >= 0, got -1"),
+    ({"rank": 2.5}, "rank must be an integer >= 0, got 2.5"),
+    ({"form": "solve", "rank": 5}, "rank=5 belongs to form='innovation', got form='solve'"),
+    ({"form": "solve", "limit": 0.2}, "limit=0.2 belongs to form='innovation', got form='solve'"),
+    ({"form": "solve", "positions": "mean"}, "positions='mean' belongs to form='innovation', got form='solve'"),
+    ({"window": 2}, "window=2 belongs to form='solve', got form='innovation'"),
+    ({"form": "solve", "window": 0}, "window must be an integer >= 1, got 0"),
     ({"inputs": "both"}, "inputs must be 'moved' or 'forward', got 'both'"),
 ]
 
@@ -39,6 +43,14 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     """Catches a setting out of its range, or of the other form, that would be silently ignored."""
     with pytest.raises(ValueError, match=message):
         CoactivationMemory(**settings)
+
+
+def test_the_whole_of_the_contract_can_be_given() -> None:
+    """Catches a setting of both forms that one of them refuses, and neutral values taken for settings."""
+    both: dict[str, Any] = {"solver": "cholesky", "ridge": 0.5, "forgetting": 0.9, "every": 3, "lambda_w": 0.0}
+    CoactivationMemory(form="innovation", step=0.5, limit=math.inf, rank=4, positions="mean", **both)
+    CoactivationMemory(form="solve", window=2, **both)
+    CoactivationMemory(form="solve", solver="bcd", lambda_w=0.1, forgetting=0.9, every=3)
 
 
 def test_layers_it_cannot_serve_are_refused() -> None:
