@@ -77,10 +77,12 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(memory: dict[str, Any]) -> None
     for x, y in data[:5]:
         interrupted.step(x, y)
     file = io.BytesIO()
-    torch.save(interrupted.state_dict(), file)
+    torch.save((interrupted.state_dict(), interrupted.optimizer.state_dict()), file)
     file.seek(0)
     resumed = core()
-    resumed.load_state_dict(torch.load(file))
+    state, optimizer = torch.load(file)
+    resumed.load_state_dict(state)
+    resumed.optimizer.load_state_dict(optimizer)
     for x, y in data[5:]:
         resumed.step(x, y)
     for name, value in straight.state_dict().items():
