@@ -12,10 +12,10 @@ from lightning_altmin.weights.statistics import Preconditioner
 class DiagonalStatistics(Preconditioner):
     r"""``A`` as :math:`\tau D`, ``D`` its diagonal with the ridge and :math:`\tau` the least that makes it no smaller.
 
-    Inputs of one sign have a large common part, of which a diagonal knows nothing: divided by ``D`` alone, a step
-    would be too long along it by up to the number of inputs. So the diagonal is multiplied by :math:`\tau \ge 1`, the
-    largest eigenvalue of :math:`D^{-1/2} A D^{-1/2}`, found by power iteration, a step of it per renewal. Memory is four
-    numbers per input.
+    Inputs of one sign have a large common part, of which a diagonal knows nothing: divided by ``D`` alone, a step would
+    be too long along it by up to the number of inputs. So the diagonal is multiplied by :math:`\tau \ge 1`, the
+    largest eigenvalue of :math:`D^{-1/2} A D^{-1/2}`, found by power iteration, a step of it per renewal. Memory is
+    four numbers per input.
 
     Args:
         layer: The layer.
@@ -65,7 +65,7 @@ class DiagonalStatistics(Preconditioner):
     def renew(self, ridge: float) -> None:
         damped = self.squares + ridge * self.squares.mean().clamp_min(1e-30)
         direction, product = self.direction, self.product
-        top = (direction @ product) / (direction @ (damped * direction))
+        top = (direction * product).sum() / (direction * damped * direction).sum()  # autocast leaves sums alone
         self.inverse = self.rows / (damped * top.clamp_min(1))
         turned = product / damped
         size = turned.norm()

@@ -76,8 +76,9 @@ class LayerStatistics(Preconditioner):
         return self.A / self.rows.clamp_min(1e-30)
 
     def renew(self, ridge: float) -> None:
-        # contiguous, as a restored one is: products round by how their factors lie in memory
-        self.inverse = damped_inverse(self.mean(), ridge).contiguous()
+        with torch.autocast(self.rows.device.type, enabled=False):
+            # contiguous, as a restored one is: products round by how their factors lie in memory
+            self.inverse = damped_inverse(self.mean(), ridge).contiguous()
 
     def preconditioned(self, matrix: Tensor) -> Tensor:
         assert self.inverse is not None

@@ -68,7 +68,8 @@ class LowRankStatistics(Preconditioner):
         self.product, self.trace, self.rows = self.product * factor, self.trace * factor, self.rows * factor
 
     def renew(self, ridge: float) -> None:
-        values = self._turn()
+        with torch.autocast(self.rows.device.type, enabled=False):
+            values = self._turn()
         rows, (inputs, rank) = self.rows.clamp_min(1e-30), self.directions.shape
         rest = (self.trace - values.sum()).clamp_min(0) / (inputs - rank)
         damping = ridge * self.trace / inputs

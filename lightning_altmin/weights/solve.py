@@ -149,7 +149,8 @@ class SolveForm(MemoryForm[LayerStatistics]):
     def solution(self, memory: Memory[LayerStatistics]) -> Tensor:
         """The weights that the statistics ask for, shape ``(outputs, inputs)``."""
         A, B = memory.statistics.sums()
-        return self._equations(memory.layer.matrix().to(A.dtype), A, B, memory.layer.has_bias)
+        with torch.autocast(A.device.type, enabled=False):
+            return self._equations(memory.layer.matrix().to(A.dtype), A, B, memory.layer.has_bias)
 
 
 def _one_hot(problem: WeightProblem, ignored: int) -> tuple[Tensor, Tensor | None]:

@@ -109,7 +109,7 @@ def test_directions_follow_the_stream() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_rows_than_directions(count: int) -> None:
-    """Catches a division by directions that no row has reached: what is known is then exact, in single precision too."""
+    """Catches a division by directions that no row has reached: what is known is exact then, in float32 too."""
     low = LowRankStatistics(LeastSquaresLayer(nn.Linear(30, 3)), 12, torch.float32)
     rows = torch.randn(count, 30) + 2
     for _ in range(4):
@@ -123,7 +123,7 @@ def test_fewer_rows_than_directions(count: int) -> None:
 
 
 def test_a_diagonal_is_no_smaller_than_what_it_stands_for() -> None:
-    """Catches a step too long along the inputs' common part: the damped A is at most what is divided by, and touches it.
+    """Catches a step too long along the inputs' common part: the damped A is at most what is divided by, and meets it.
 
     The factor is the largest eigenvalue of the equilibrated matrix; inputs of unlike sizes with a large mean.
     """

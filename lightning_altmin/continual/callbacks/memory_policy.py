@@ -24,8 +24,8 @@ class MemoryPolicy(Callback):
     this callback before those that evaluate.
 
     Statistics of the output layer are all that is needed to answer for earlier tasks as long as its inputs stay what
-    they were: ``"keep"`` them with frozen or slowly changing features, ``"decay"`` them where features drift, and keep a
-    ``"window"`` of the last tasks where what is older no longer holds.
+    they were: ``"keep"`` them with frozen or slowly changing features, ``"decay"`` them where features drift, and keep
+    a ``"window"`` of the last tasks where what is older no longer holds.
 
     Args:
         policy: ``"keep"``, ``"decay"``, ``"reset"``, or ``"window"`` for memories made with
