@@ -25,11 +25,18 @@ class StageMap(ABC):
     def output(self) -> Tensor:
         """Output of the stage, shape ``(batch, *features_out)``."""
 
-    def change(self, base: Tensor, base_output: Tensor, move: Tensor) -> Tensor:
-        """``output() - base_output``, for a stage at ``base + move`` whose output at ``base`` is ``base_output``.
+    def change(self, base_output: Tensor, spend: bool = False) -> Tensor:
+        """``output() - base_output``, for a map at ``x + move`` of a stage whose output at ``x`` is ``base_output``.
 
         An engine that knows its layers passes the move through them, which keeps its digits where two outputs that are
         nearly equal would lose them.
+
+        Args:
+            base_output: Output at ``x``; not looked at if the engine's ``reads_base_output`` is false.
+            spend: Whether ``x`` may be overwritten, for nothing but this map will read it.
+
+        Returns:
+            A new tensor, which the caller may overwrite.
         """
         return self.output() - base_output
 
@@ -64,14 +71,16 @@ class StageEngine(ABC):
     """
 
     kind: ClassVar[str]
+    reads_base_output: ClassVar[bool] = True
+    """Whether `StageMap.change` looks at the output that it is given."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
         """Training-time forward pass of the stage, without a graph."""
 
     @abstractmethod
-    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
-        """The stage at ``x`` with the batch's state held fixed (code step)."""
+    def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        """The stage at ``x``, or at ``x + move``, with the batch's state held fixed (code step)."""
 
     def repeated_coupling(
         self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
@@ -80,5 +89,5 @@ class StageEngine(ABC):
         return None
 
     @abstractmethod
-    def live(self, x: Tensor, state: BatchState) -> StageMap:
-        """The stage at ``x`` with batch statistics recomputed (weight step)."""
+    def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        """The stage at ``x``, or at ``x + move``, with batch statistics recomputed (weight step)."""

@@ -10,31 +10,28 @@ from torch import Tensor, nn
 
 from lightning_altmin.engines.base import BatchState, CouplingGradient, Gradients, StageEngine, StageMap
 from lightning_altmin.engines.gram import GramCoupling, gram_pays
-from lightning_altmin.engines.rule import Rule, chain
+from lightning_altmin.engines.rule import Rule, chain, change_along, gradient_along, moved
 
 
 class ClosedFormMap(StageMap):
-    """A chain of rules at one input."""
+    """A chain of rules at one input, ``x`` or ``x + move``."""
 
-    def __init__(self, rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> None:
-        self._points = chain(rules, x, states)
+    def __init__(self, rules: Sequence[Rule], x: Tensor, states: Sequence[Any], move: Tensor | None = None) -> None:
+        self._points = chain(rules, x, states) if move is None else moved(chain(rules, x, states), move)
+        self._move = move
 
     def output(self) -> Tensor:
         return self._points[-1].y
 
-    def change(self, base: Tensor, base_output: Tensor, move: Tensor) -> Tensor:
-        below = chain([p.rule for p in self._points], base, [p.state for p in self._points])
-        for there, here in zip(below, self._points, strict=True):
-            move = here.rule.change(move, there, here)
-        return move
+    def change(self, base_output: Tensor, spend: bool = False) -> Tensor:
+        assert self._move is not None  # a map at x itself has not changed
+        return change_along(self._points, self._move, spend)
 
     def layer_input(self, layer: nn.Module) -> Tensor:
         return next(point.x for point in self._points if point.rule.module is layer)
 
     def input_gradient(self, grad_output: Tensor) -> Tensor:
-        for point in reversed(self._points):
-            grad_output = point.rule.input_gradient(grad_output, point)
-        return grad_output
+        return gradient_along(self._points, grad_output)
 
     def parameter_gradients(self, grad_output: Tensor) -> Gradients:
         trained = [point.rule.trained for point in self._points]
@@ -54,6 +51,7 @@ class ClosedFormEngine(StageEngine):
     """Evaluates a stage by the rules of its layers. Exact: it agrees with autograd to rounding."""
 
     kind: ClassVar[str] = "closed_form"
+    reads_base_output: ClassVar[bool] = False
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._fixed = [_RULES[type(m)](m) for m in pooled_first(modules)]
@@ -67,8 +65,8 @@ class ClosedFormEngine(StageEngine):
             states.append(state)
         return x, states
 
-    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
-        return ClosedFormMap(self._fixed, x, state)
+    def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        return ClosedFormMap(self._fixed, x, state, move)
 
     def repeated_coupling(
         self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
@@ -81,8 +79,8 @@ class ClosedFormEngine(StageEngine):
             return None
         return GramCoupling(self._fixed[:-1], last, base, state[:-1], target_move)
 
-    def live(self, x: Tensor, state: BatchState) -> StageMap:
-        return ClosedFormMap(self._live, x, state)
+    def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        return ClosedFormMap(self._live, x, state, move)
 
 
 def pooled_first(modules: Sequence[nn.Module]) -> list[nn.Module]:

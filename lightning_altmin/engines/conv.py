@@ -21,6 +21,8 @@ def _is_plain(conv: _ConvNd) -> bool:
 class ConvRule(Rule):
     """Cross-correlation with zero padding; stride, dilation and groups as the module says."""
 
+    makes_gradients = True
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self._apply(x, self.module.bias), None
 

@@ -19,6 +19,8 @@ class LinearRule(Rule):
     Products may run in 16 bits under autocast; what they return is stored as what they were given.
     """
 
+    makes_gradients = True
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return functional.linear(x, self.module.weight, self.module.bias).to(x.dtype), None
 

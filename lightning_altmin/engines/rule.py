@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,20 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """
         return here.y - base.y
 
+    def last_change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        """`change` where ``base.x`` may be overwritten, for nothing else will read it, and of ``here`` only ``y``."""
+        return self.change(difference, base, here)
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         """Vector-Jacobian product with respect to the input."""
         raise TypeError(f"{type(self).__name__} must define input_gradient")
+
+    def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        """`input_gradient` where ``grad`` may be overwritten, for nothing else will read it."""
+        return self.input_gradient(grad, at)
+
+    makes_gradients: ClassVar[bool] = False
+    """Whether `input_gradient` returns memory of its own, neither ``grad`` nor a view of it."""
 
     def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
         """Vector-Jacobian products with respect to the module's trainable parameters."""
@@ -60,15 +71,28 @@ class Point:
 
     The laziness is where the engine saves work: ``g W`` needs no forward pass of a Linear, ``g * relu'(c)`` needs
     no output, so the first code iteration costs one matrix product and not two.
+
+    Attributes:
+        base: The same rule where it was moved from, if this is a point of a moved chain.
     """
 
-    __slots__ = ("_below", "_evaluated", "_saved", "_x", "_y", "rule", "state")
+    __slots__ = ("_below", "_evaluated", "_move", "_saved", "_x", "_y", "base", "rule", "state")
 
-    def __init__(self, rule: Rule, state: Any, x: Tensor | None, below: Point | None) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        state: Any,
+        x: Tensor | None,
+        below: Point | None,
+        base: Point | None = None,
+        move: Tensor | None = None,
+    ) -> None:
         self.rule = rule
         self.state = state
+        self.base = base
         self._x = x
         self._below = below
+        self._move = move
         self._y: Tensor | None = None
         self._saved: Any = None
         self._evaluated = False
@@ -77,8 +101,11 @@ class Point:
     def x(self) -> Tensor:
         """Input of the rule."""
         if self._x is None:
-            assert self._below is not None
-            self._x = self._below.y
+            if self._below is not None:
+                self._x = self._below.y
+            else:
+                assert self.base is not None and self._move is not None  # else it was spent
+                self._x = self.base.x + self._move
         return self._x
 
     @property
@@ -94,6 +121,14 @@ class Point:
         self._evaluate()
         return self._saved
 
+    def found(self, y: Tensor, saved: Any = None) -> None:
+        """Take ``y`` and ``saved`` from a rule that has found them without `Rule.forward`."""
+        self._y, self._saved, self._evaluated = y, saved, True
+
+    def spent(self) -> None:
+        """Let go of everything but the output, once the input has been overwritten."""
+        self._x = self._move = self.base = self._below = None
+
     def _evaluate(self) -> None:
         if not self._evaluated:
             self._y, self._saved = self.rule.forward(self.x, self.state)
@@ -108,6 +143,39 @@ def chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> list[Point
         below = Point(rule, state, x if below is None else None, below)
         points.append(below)
     return points
+
+
+def moved(base: Sequence[Point], move: Tensor) -> list[Point]:
+    """The same rules where the first one's input has moved."""
+    points: list[Point] = []
+    below: Point | None = None
+    for there in base:
+        below = Point(there.rule, there.state, None, below, there, move if below is None else None)
+        points.append(below)
+    return points
+
+
+def change_along(points: Sequence[Point], move: Tensor, spend: bool = False) -> Tensor:
+    """How far the output of moved rules is from where it was before; ``spend``: the moved input may be overwritten."""
+    difference = move
+    for index, here in enumerate(points):
+        assert here.base is not None
+        if spend and index == 0:
+            difference = here.rule.last_change(difference, here.base, here)
+            continue
+        difference = here.rule.change(difference, here.base, here)
+        if spend:
+            here.base = None  # which would keep what was spent
+    return difference
+
+
+def gradient_along(points: Sequence[Point], grad: Tensor, own: bool = False) -> Tensor:
+    """Vector-Jacobian product of rules with respect to the first one's input; ``own``: ``grad`` may be overwritten."""
+    for point in reversed(points):
+        rule = point.rule
+        grad = rule.last_input_gradient(grad, point) if own else rule.input_gradient(grad, point)
+        own = own or rule.makes_gradients
+    return grad
 
 
 def selected(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
