@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import BatchState, CouplingGradient
+from lightning_altmin.engines import BatchState, CouplingGradient, StageMap
 from lightning_altmin.losses import LossAt
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
@@ -87,9 +87,7 @@ class CodeProblem:
             gradient = self._coupling(move)
         else:
             stage = self.above.fixed(self.forward, self.state, move)
-            gradient = stage.input_gradient(
-                self._output_gradient(None if move is None else stage.change(self.forward_output))
-            )
+            gradient = stage.input_gradient(self._gradient_above(stage, move))
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
             gradient = gradient.add_(anchor)
@@ -127,6 +125,12 @@ class CodeProblem:
     def _change(self, move: Tensor) -> Tensor:
         """How far the output above is from ``forward_output``."""
         return self.above.fixed(self.forward, self.state, move).change(self.forward_output)
+
+    def _gradient_above(self, stage: StageMap, move: Tensor | None) -> Tensor:
+        """With respect to the output above, ``stage`` being there."""
+        if move is None or self.target_move is None:
+            return self._output_gradient(None if move is None else stage.change(self.forward_output))
+        return self.objective.code_coupling_gradient(stage.residual(self.forward_output, self.target_move))
 
     def _output_gradient(self, change: Tensor | None) -> Tensor:
         """With respect to the output above, ``forward_output + change``."""
@@ -177,4 +181,7 @@ class CodeSolver(nn.Module, ABC):
 
     @abstractmethod
     def solve(self, problem: CodeProblem) -> Tensor:
-        """Return the code's move, ``c_l - problem.forward``; the problem's tensors must not be changed in place."""
+        """Return the code's move, ``c_l - problem.forward``; the problem's tensors must not be changed in place.
+
+        The move may be overwritten afterwards, if `reads_outputs` is false.
+        """

@@ -85,8 +85,7 @@ class ReLURule(ActivationRule):
         change = base.x.clamp_max(0).add_(difference)
         before = base.x.clamp_min_(0).neg_()
         torch.maximum(change, before, out=change)
-        here.spent()
-        here.found(torch.sub(change, before, out=before))
+        here.spent(torch.sub(change, before, out=before))
         return change
 
     def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:

@@ -25,20 +25,23 @@ class StageMap(ABC):
     def output(self) -> Tensor:
         """Output of the stage, shape ``(batch, *features_out)``."""
 
-    def change(self, base_output: Tensor, spend: bool = False) -> Tensor:
+    def change(self, base_output: Tensor) -> Tensor:
         """``output() - base_output``, for a map at ``x + move`` of a stage whose output at ``x`` is ``base_output``.
 
         An engine that knows its layers passes the move through them, which keeps its digits where two outputs that are
-        nearly equal would lose them.
-
-        Args:
-            base_output: Output at ``x``; not looked at if the engine's ``reads_base_output`` is false.
-            spend: Whether ``x`` may be overwritten, for nothing but this map will read it.
-
-        Returns:
-            A new tensor, which the caller may overwrite.
+        nearly equal would lose them. It does not look at ``base_output`` if its ``reads_base_output`` is false.
         """
         return self.output() - base_output
+
+    def residual(self, base_output: Tensor, target_move: Tensor, spend: bool = False) -> Tensor:
+        """``output() - (base_output + target_move)``, by `change`: a new tensor, which the caller may overwrite.
+
+        Args:
+            base_output: Output at ``x``.
+            target_move: How far the output was to move.
+            spend: Whether ``x`` and ``target_move`` may be overwritten: nothing but this map will read them.
+        """
+        return self.change(base_output) - target_move
 
     @abstractmethod
     def layer_input(self, layer: nn.Module) -> Tensor:
@@ -72,7 +75,7 @@ class StageEngine(ABC):
 
     kind: ClassVar[str]
     reads_base_output: ClassVar[bool] = True
-    """Whether `StageMap.change` looks at the output that it is given."""
+    """Whether `StageMap.change` and `StageMap.residual` look at the output that they are given."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:

@@ -8,43 +8,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines.base import BatchState, CouplingGradient, Gradients, StageEngine, StageMap
+from lightning_altmin.engines.base import BatchState, CouplingGradient, StageEngine, StageMap
+from lightning_altmin.engines.chain import Chain
 from lightning_altmin.engines.gram import GramCoupling, gram_pays
-from lightning_altmin.engines.rule import Rule, chain, change_along, gradient_along, moved
-
-
-class ClosedFormMap(StageMap):
-    """A chain of rules at one input, ``x`` or ``x + move``."""
-
-    def __init__(self, rules: Sequence[Rule], x: Tensor, states: Sequence[Any], move: Tensor | None = None) -> None:
-        self._points = chain(rules, x, states) if move is None else moved(chain(rules, x, states), move)
-        self._move = move
-
-    def output(self) -> Tensor:
-        return self._points[-1].y
-
-    def change(self, base_output: Tensor, spend: bool = False) -> Tensor:
-        assert self._move is not None  # a map at x itself has not changed
-        return change_along(self._points, self._move, spend)
-
-    def layer_input(self, layer: nn.Module) -> Tensor:
-        return next(point.x for point in self._points if point.rule.module is layer)
-
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        return gradient_along(self._points, grad_output)
-
-    def parameter_gradients(self, grad_output: Tensor) -> Gradients:
-        trained = [point.rule.trained for point in self._points]
-        if not any(trained):
-            return []
-        lowest = trained.index(True)  # nothing below the lowest trained layer needs a gradient
-        gradients: Gradients = []
-        for index in range(len(self._points) - 1, lowest - 1, -1):
-            point = self._points[index]
-            gradients += point.rule.parameter_gradients(grad_output, point)
-            if index > lowest:
-                grad_output = point.rule.input_gradient(grad_output, point)
-        return gradients
+from lightning_altmin.engines.rule import Rule
 
 
 class ClosedFormEngine(StageEngine):
@@ -66,7 +33,7 @@ class ClosedFormEngine(StageEngine):
         return x, states
 
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        return ClosedFormMap(self._fixed, x, state, move)
+        return _chain(self._fixed, x, state, move)
 
     def repeated_coupling(
         self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
@@ -80,7 +47,12 @@ class ClosedFormEngine(StageEngine):
         return GramCoupling(self._fixed[:-1], last, base, state[:-1], target_move)
 
     def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        return ClosedFormMap(self._live, x, state, move)
+        return _chain(self._live, x, state, move)
+
+
+def _chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any], move: Tensor | None) -> Chain:
+    chain = Chain(rules, x, states)
+    return chain if move is None else chain.moved(move)
 
 
 def pooled_first(modules: Sequence[nn.Module]) -> list[nn.Module]:

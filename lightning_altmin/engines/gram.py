@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines.base import CouplingGradient
-from lightning_altmin.engines.rule import Rule, chain, change_along, gradient_along, moved
+from lightning_altmin.engines.chain import Chain
+from lightning_altmin.engines.rule import Rule
 
 
 class GramCoupling(CouplingGradient):
@@ -35,16 +36,15 @@ class GramCoupling(CouplingGradient):
         self, rules: Sequence[Rule], linear: nn.Linear, base: Tensor, states: Sequence[Any], target_move: Tensor
     ) -> None:
         weight = linear.weight.detach()
-        self._below = chain(rules, base, states)
+        self._below = Chain(rules, base, states)
         self._gram = weight.t() @ weight
         self._pull = target_move @ weight
 
     def __call__(self, move: Tensor | None) -> Tensor:
         if move is None:
-            return gradient_along(self._below, self._pull.neg(), own=True)
-        points = moved(self._below, move)
-        gradient = torch.addmm(self._pull, change_along(points, move), self._gram, beta=-1)
-        return gradient_along(points, gradient, own=True)
+            return self._below.input_gradient(self._pull.neg(), own=True)
+        below = self._below.moved(move)
+        return below.input_gradient(torch.addmm(self._pull, below.change(None), self._gram, beta=-1), own=True)
 
 
 def gram_pays(batch: int, linear: nn.Linear, gradients: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -88,20 +87,24 @@ class TiledMaxPool2dRule(Rule):
         for entry, move in zip(self._entries(base.x), self._entries(difference), strict=True):
             entry.sub_(y).add_(move)
         change = self._pooled(base.x)
-        here.spent()
-        here.found(y + change)
+        here.spent(y + change)
         return change
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        return self.last_input_gradient(grad.clone(), at)
+
+    def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         """To the first entry, along rows, that is its tile's largest: the entries before it are smaller."""
         tiles, largest = (_Tiles(at.x, self._entries(at.x)), at.y) if at.saved is None else at.saved
         gradient = torch.empty_like(tiles.x) if self._fills(tiles.x) else torch.zeros_like(tiles.x)
         entries = self._entries(gradient)
         for index in range(tiles.count - 1):
-            short = torch.sub(largest, tiles.entry(index))
-            passed = aten.threshold_backward.grad_input(grad, short, 0, grad_input=short)
-            entries[index].copy_(grad).sub_(passed)
-            grad = passed
+            entries[index].copy_(grad)
+            # What goes on to later entries is the gradient where this one falls short of the largest.
+            aten.threshold_backward.grad_input(
+                grad, tiles.below(largest, index, scratch=entries[-1]), 0, grad_input=grad
+            )
+            entries[index].sub_(grad)
         entries[-1].copy_(grad)
         return gradient
 
@@ -118,7 +121,11 @@ class TiledMaxPool2dRule(Rule):
         return x.shape[-2] % height == 0 and x.shape[-1] % width == 0
 
     def _pooled(self, x: Tensor) -> Tensor:
-        return functools.reduce(torch.maximum, self._entries(x))
+        first, second, *others = self._entries(x)
+        y = torch.maximum(first, second)
+        for entry in others:
+            torch.maximum(y, entry, out=y)
+        return y
 
 
 class _Tiles:
@@ -141,6 +148,12 @@ class _Tiles:
             return self._entries[index]
         return torch.sub(self._entries[index], self._largest).add_(self._moves[index])
 
+    def below(self, largest: Tensor, index: int, scratch: Tensor) -> Tensor:
+        """How far the given entry of every tile is below the largest; may be written to ``scratch``."""
+        entry = self.entry(index)
+        below: Tensor = aten.sub.out(largest, entry, out=scratch if self._moves is None else entry)
+        return below
+
 
 def _tiles(pool: nn.MaxPool2d) -> bool:
     return (
@@ -160,6 +173,8 @@ def max_pool2d_rule(pool: nn.Module) -> Rule:
 @closed_form(nn.AvgPool2d)
 class AvgPool2dRule(Rule):
     """Each window's gradient is shared equally by its positions."""
+
+    reads_base = False
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None
@@ -186,6 +201,8 @@ class AvgPool2dRule(Rule):
 class AdaptiveAvgPool2dRule(Rule):
     """Average over windows chosen so that the output has a given size."""
 
+    reads_base = False
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None
 
@@ -200,6 +217,8 @@ class AdaptiveAvgPool2dRule(Rule):
 @closed_form(nn.Flatten, nn.Unflatten)
 class ReshapeRule(Rule):
     """A change of shape; its derivative is the change back."""
+
+    reads_base = False
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,10 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """
         return here.y - base.y
 
+    def residual(self, difference: Tensor, base: Point, here: Point, target: Tensor, spend: bool) -> Tensor:
+        """`change` minus ``target``, a new tensor; with ``spend`` it may be written over ``target``."""
+        return self.change(difference, base, here) - target
+
     def last_change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         """`change` where ``base.x`` may be overwritten, for nothing else will read it, and of ``here`` only ``y``."""
         return self.change(difference, base, here)
@@ -49,6 +53,8 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """`input_gradient` where ``grad`` may be overwritten, for nothing else will read it."""
         return self.input_gradient(grad, at)
 
+    reads_base: ClassVar[bool] = True
+    """Whether `change` looks at ``base``."""
     makes_gradients: ClassVar[bool] = False
     """Whether `input_gradient` returns memory of its own, neither ``grad`` nor a view of it."""
 
@@ -125,57 +131,17 @@ class Point:
         """Take ``y`` and ``saved`` from a rule that has found them without `Rule.forward`."""
         self._y, self._saved, self._evaluated = y, saved, True
 
-    def spent(self) -> None:
-        """Let go of everything but the output, once the input has been overwritten."""
-        self._x = self._move = self.base = self._below = None
+    def spent(self, y: Tensor) -> None:
+        """Let go of everything but the output, once what the input was before it moved has been overwritten."""
+        if self.base is not None:
+            self.base._x = self.base.state = None
+        self._x = self._move = self.base = self._below = self.state = None
+        self.found(y)
 
     def _evaluate(self) -> None:
         if not self._evaluated:
             self._y, self._saved = self.rule.forward(self.x, self.state)
             self._evaluated = True
-
-
-def chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> list[Point]:
-    """The rules one after the other at input ``x``."""
-    points: list[Point] = []
-    below: Point | None = None
-    for rule, state in zip(rules, states, strict=True):
-        below = Point(rule, state, x if below is None else None, below)
-        points.append(below)
-    return points
-
-
-def moved(base: Sequence[Point], move: Tensor) -> list[Point]:
-    """The same rules where the first one's input has moved."""
-    points: list[Point] = []
-    below: Point | None = None
-    for there in base:
-        below = Point(there.rule, there.state, None, below, there, move if below is None else None)
-        points.append(below)
-    return points
-
-
-def change_along(points: Sequence[Point], move: Tensor, spend: bool = False) -> Tensor:
-    """How far the output of moved rules is from where it was before; ``spend``: the moved input may be overwritten."""
-    difference = move
-    for index, here in enumerate(points):
-        assert here.base is not None
-        if spend and index == 0:
-            difference = here.rule.last_change(difference, here.base, here)
-            continue
-        difference = here.rule.change(difference, here.base, here)
-        if spend:
-            here.base = None  # which would keep what was spent
-    return difference
-
-
-def gradient_along(points: Sequence[Point], grad: Tensor, own: bool = False) -> Tensor:
-    """Vector-Jacobian product of rules with respect to the first one's input; ``own``: ``grad`` may be overwritten."""
-    for point in reversed(points):
-        rule = point.rule
-        grad = rule.last_input_gradient(grad, point) if own else rule.input_gradient(grad, point)
-        own = own or rule.makes_gradients
-    return grad
 
 
 def selected(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class WeightProblem:
     passing: bool = False
     """Whether `last_gradients` may let go of the tensors above as soon as it is done with them."""
     spends: bool = False
-    """Whether nobody else has a use for ``forward_input``, so that it may be overwritten."""
+    """Whether nobody else has a use for ``forward_input`` and ``move``, so that they may be overwritten."""
     number: int = 0
     inner: int = 0
     residual: Tensor | None = None
@@ -97,7 +97,8 @@ class WeightProblem:
         """The same where nothing will be asked of this problem afterwards: its tensors are freed on the way."""
         stage, output_gradient = self.live, self.output_gradient
         if self.passing:
-            del self.state, self.forward_output, self.move, self.forward_input, self.input_move, self.residual, self.loss
+            for name in ("state", "forward_input", "forward_output", "input_move", "move", "loss"):
+                self.__dict__.pop(name, None)
             self._live = self._output_gradient = None
         return self._with_sparsity(stage.parameter_gradients(output_gradient))
 
@@ -117,7 +118,10 @@ class WeightProblem:
     def live(self) -> StageMap:
         """The stage at ``input``."""
         if self._live is None:
-            self._live = self.stage.live(self.forward_input, self.state, self.input_move)
+            if self.spends and self.stage.is_output and self.input_move is not None:
+                self._live = self.stage.live(self.forward_input.add_(self.input_move), self.state)
+            else:
+                self._live = self.stage.live(self.forward_input, self.state, self.input_move)
         return self._live
 
     @property
@@ -136,7 +140,10 @@ class WeightProblem:
         elif self.inner > 0 or self.input_move is None:
             residual = self.live.output() - self.forward_output - self.move
         else:
-            residual = self.live.change(self.forward_output, spend=self.spends).sub_(self.move)
+            live = self.live
+            if self.spends:
+                del self.forward_input, self.state
+            residual = live.residual(self.forward_output, self.move, self.spends)
         if self.passing:
             self.move = None
         else:
