@@ -30,6 +30,7 @@ class GradientCodes(CodeSolver):
         ValueError: If an argument is out of its range.
     """
 
+    reads_outputs = False
     lr: Tensor
 
     def __init__(
