@@ -60,7 +60,7 @@ class BCDModule(OfflineModule):
         before, after = forward_variables(self.layers, x)
         return {"u": before, "v": after}
 
-    def sweep(self, x: Tensor, y: Tensor) -> None:
+    def sweep(self, x: Tensor, y: Tensor, number: int) -> None:
         u, v = self.variables["u"], self.variables["v"]
         top = len(self.layers) - 1
         for level in range(top, -1, -1):

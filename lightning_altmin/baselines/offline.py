@@ -102,8 +102,14 @@ class OfflineModule(SupervisedModule, ABC):
         """
 
     @abstractmethod
-    def sweep(self, x: Tensor, y: Tensor) -> None:
-        """Minimise over each block once: change `variables` and the layers' weights."""
+    def sweep(self, x: Tensor, y: Tensor, number: int) -> None:
+        """Minimise over each block once: change `variables` and the layers' weights.
+
+        Args:
+            x: As in `begin`.
+            y: As in `begin`.
+            number: Number of the sweep, counted from 0.
+        """
 
     @abstractmethod
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ class OfflineModule(SupervisedModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One sweep; logs ``train_objective``, per sample, at log points."""
         x, y = self._kept(*self.unpack(batch))
-        self.sweep(x, y)
+        self.sweep(x, y, self.trainer.current_epoch)
         if not all(bool(p.isfinite().all()) for p in self.network.parameters()):
             raise RuntimeError(f"sweep {self.trainer.current_epoch} of {type(self).__name__} left NaN or inf weights")
         # Holds no gradients and changes nothing; Lightning counts a global step.
