@@ -83,14 +83,18 @@ class Record(Callback):
 
 def run(arguments: argparse.Namespace, seed: int, end: float) -> None:
     width, samples, sweeps = (200, 10000, 15) if arguments.small else (1500, 60000, 50)
-    done = [r["sweep"] for r in read(arguments.results) if (r["width"], r["samples"], r["seed"]) == (width, samples, seed)]
+    done = [
+        r["sweep"] for r in read(arguments.results) if (r["width"], r["samples"], r["seed"]) == (width, samples, seed)
+    ]
     if done and max(done) >= sweeps:
         return
     state = None if arguments.state is None else arguments.state / f"bcd_{width}_{seed}"
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
     seed_everything(seed, verbose=False)
-    data = VisionDataModule("MNIST", root=arguments.root, batch_size=samples, normalize=False, val_split=60000 - samples)
+    data = VisionDataModule(
+        "MNIST", root=arguments.root, batch_size=samples, normalize=False, val_split=60000 - samples
+    )
     module = BCDModule(small_weights(MLP(784, [width] * 3, 10)))
     trainer = Trainer(
         accelerator="cpu",
@@ -110,7 +114,10 @@ def run(arguments: argparse.Namespace, seed: int, end: float) -> None:
 def table(path: Path) -> str:
     """Test accuracy after some sweeps, by size: mean, lowest and highest of the seeds."""
     rows = read(path)
-    lines = ["| network | samples | seeds | sweeps | test accuracy % (lowest - highest) | seconds a sweep |", "|" + " --- |" * 6]
+    lines = [
+        "| network | samples | seeds | sweeps | test accuracy % (lowest - highest) | seconds a sweep |",
+        "|" + " --- |" * 6,
+    ]
     for width, samples in dict.fromkeys((r["width"], r["samples"]) for r in rows):
         sized = [r for r in rows if (r["width"], r["samples"]) == (width, samples)]
         for sweep in (1, 2, 4, 10, 15, 50):

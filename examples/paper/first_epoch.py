@@ -264,7 +264,9 @@ def plot(rows: list[Row], path: Path) -> None:
         final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
         for method in dict.fromkeys(r.method for r in final):
             marks = sorted({r.batches for r in final if r.method == method})
-            means = [statistics.mean(100 * r.accuracy for r in final if (r.method, r.batches) == (method, m)) for m in marks]
+            means = [
+                statistics.mean(100 * r.accuracy for r in final if (r.method, r.batches) == (method, m)) for m in marks
+            ]
             axis.plot(marks, means, "s--" if method in OFFLINE else "o-", markersize=3, linewidth=1, label=method)
         axis.set(title=suite, xlabel="mini-batches of 200 seen", xscale="log")
     axes[0][0].set(ylabel="test accuracy, %")
