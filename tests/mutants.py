@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "target of the weight step is the forward code",
         "weights/base.py",
-        "            self.residual = self.live.change(self.forward_input, self.forward_output, self.input_move) - self.move",
-        "            self.residual = self.live.change(self.forward_input, self.forward_output, self.input_move)",
+        "self.live.change(self.forward_input, self.forward_output, self.input_move) - self.move",
+        "self.live.change(self.forward_input, self.forward_output, self.input_move)",
         (WEIGHT_STEP,),
     ),
     Mutant(

@@ -83,7 +83,7 @@ class MACModule(OfflineModule):
         lower(lambda: self._value(x, y, z), z, self.iterations)
 
     def post_process(self, x: Tensor, y: Tensor) -> None:
-        """Put the coordinates at the values of the forward pass, where E is the network's loss, and refit the output."""
+        """Put coordinates at the values of the forward pass, where E is the network's loss, and refit the output."""
         self.variables["z"] = forward_variables(self.layers, x)[1][:-1]
         self._lower_layer(len(self.layers) - 1, x, y, self.variables["z"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_before_the_multiplier_moves_no_sweep_raises_the_objective(
         assert float(module.variables["multiplier"][0].abs().max()) == 0.0
         module.sweep(x, y, 12)
         assert float(module.variables["multiplier"][0].abs().max()) > 0.0
-    assert all(b <= a * (1 + 1e-8) for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a * (1 + 1e-8) for a, b in itertools.pairwise(values))
     assert values[-1] < 0.8 * values[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,22 +72,22 @@ def test_no_sweep_raises_the_objective(activation: type[nn.Module], loss: Square
     x, y = samples()
     module = BCDModule(network, loss, GAMMA, RHO, ALPHA)
 
-    def F() -> float:
+    def value() -> float:
         u, v = module.variables.values()
-        value = float(loss.total(v[-1], y))
+        total = float(loss.total(v[-1], y))
         for level, (below, before, after) in enumerate(zip([x, *v], u, v, strict=False)):
-            value += float(RHO / 2 * (before - network[2 * level](below)).square().sum())
-            value += float(GAMMA / 2 * (after - (network[1](before) if level < 2 else before)).square().sum())
-        return value
+            total += float(RHO / 2 * (before - network[2 * level](below)).square().sum())
+            total += float(GAMMA / 2 * (after - (network[1](before) if level < 2 else before)).square().sum())
+        return total
 
     values = []
     with torch.no_grad():
         module.variables = module.begin(x, y)
         for number in range(12):
-            values.append(F())
+            values.append(value())
             assert float(module.objective(x, y)) == pytest.approx(values[-1], rel=1e-9)
             module.sweep(x, y, number)
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values))
     assert values[-1] < 0.8 * values[0]
 
 

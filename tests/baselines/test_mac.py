@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from lightning_altmin.baselines import MACModule, SquaredError
 from tests.baselines.tiny import SAMPLES, least_squares, one_hot, perceptron, samples
 
 
-def E(network: nn.Sequential, x: Tensor, y: Tensor, z: list[Tensor], mu: float) -> Tensor:
+def objective(network: nn.Sequential, x: Tensor, y: Tensor, z: list[Tensor], mu: float) -> Tensor:
     """The penalised objective with cross-entropy, from its definition."""
     output = network[4](z[1])
     value = (torch.logsumexp(output, 1) - output[torch.arange(len(y)), y]).sum()
@@ -40,10 +41,10 @@ def test_neither_step_raises_the_objective(activation: type[nn.Module]) -> None:
     with torch.no_grad():
         for _ in range(6):
             for step in (module.lower_weights, module.lower_coordinates):
-                values.append(float(E(network, x, y, module.variables["z"], 0.3)))
+                values.append(float(objective(network, x, y, module.variables["z"], 0.3)))
                 assert float(module.objective(x, y)) == pytest.approx(values[-1], rel=1e-9)
                 step(x, y)
-    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a for a, b in itertools.pairwise(values))
     assert values[-1] < 0.5 * values[0]
 
 
@@ -71,7 +72,7 @@ def test_the_coordinates_end_at_scipys_optimum() -> None:
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
         leaf = torch.from_numpy(flat).requires_grad_()
         z = [part.view_as(t) for part, t in zip(leaf.split(sizes), start, strict=True)]
-        found = E(network, x, y, z, 0.3)
+        found = objective(network, x, y, z, 0.3)
         return float(found), torch.autograd.grad(found, leaf)[0].numpy()
 
     flat = torch.cat([t.reshape(-1) for t in start]).numpy()

@@ -1,4 +1,4 @@
-"""The offline methods under the Trainer: they learn, count their sweeps, resume exactly, and refuse what cannot work."""
+"""The offline methods under the Trainer: they learn, count sweeps, resume exactly, and refuse what cannot work."""
 
 from __future__ import annotations
 

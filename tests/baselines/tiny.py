@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -22,9 +23,9 @@ def samples(seed: int = 0) -> tuple[Tensor, Tensor]:
 def perceptron(activation: type[nn.Module] = nn.ReLU, bias: bool = True, hidden: int = 2) -> nn.Sequential:
     """A perceptron with hidden layers of 6 and, if asked for, 4 units, in double precision."""
     torch.manual_seed(1)
-    widths = [INPUTS, 6, 4][: hidden + 1] + [CLASSES]
+    widths = [INPUTS, 6, *([4] if hidden > 1 else []), CLASSES]
     layers: list[nn.Module] = []
-    for width_in, width in zip(widths, widths[1:], strict=False):
+    for width_in, width in itertools.pairwise(widths):
         layers += [nn.Linear(width_in, width, bias=bias), activation()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -44,7 +45,7 @@ def least_squares(*terms: tuple[float, Tensor, Tensor]) -> Tensor:
 
 
 def elementwise_minimum(function: Callable[..., Tensor], *arguments: Tensor, reach: float = 20.0) -> Tensor:
-    """For each entry the number ``z`` that minimises ``function(z, *entries)``: each side of 0 and both kinks by scipy."""
+    """For each entry the ``z`` that minimises ``function(z, *entries)``: scipy on each side of the kinks, and these."""
     flat = [argument.reshape(-1) for argument in arguments]
     found = []
     for entries in zip(*flat, strict=True):
