@@ -120,8 +120,13 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        hidden: BaseException | None = error
+        while hidden is not None:
+            if isinstance(hidden, OSError):  # torch's writer raises a RuntimeError of its own on top of it
+                raise hidden from None
+            hidden = hidden.__context__
         raise
 
 
