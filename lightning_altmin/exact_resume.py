@@ -72,7 +72,7 @@ class ExactResume(LightningModule):
         """Add the random state of every process, and where in its epoch the run is; called on all processes."""
         own = self._random_state_before_validation or random_state()
         checkpoint[_RANDOM_STATE] = {
-            "generators": _of_all_processes(self.trainer, own),
+            "generators": of_all_processes(self.trainer, own),
             "epoch": TrainerProgress(self.trainer).stage(),
         }
 
@@ -81,8 +81,8 @@ class ExactResume(LightningModule):
         self._saved_random_state = checkpoint.get(_RANDOM_STATE)
 
 
-def _of_all_processes(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Their random states in the order of ranks; this one's alone where the others may be gone, after an exception."""
+def of_all_processes(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Something that each process has, by rank; this one's alone where others may be gone, after an exception."""
     if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
         return [own]
     states = [own] * trainer.world_size

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_altmin import AltMinModule, CurvatureCodes, LocalGradient
-from lightning_altmin.data import IndexedDataModule, Sources, TensorSource
+from lightning_altmin.data import CSVDataModule, IndexedDataModule, Sources, TensorSource
 from lightning_altmin.guard import NonFiniteError
 from tests.distributed.gloo import launch
 from tests.distributed.problems import NETWORKS, OPTIMIZERS, batches, part
@@ -269,13 +269,28 @@ class Drawn(IndexedDataModule):
         return Sources(TensorSource(*batches((6,), 22, 1, torch.float64)[0]), val=TensorSource(*whole()[0]))
 
 
-def test_data_modules_deal_out_the_batches_of_one_process() -> None:
+def stream(folder: Path, samples: int = 22) -> Any:
+    """Makes data modules that stream as many samples from a file, shuffled in blocks."""
+    x, y = batches((6,), samples, 1, torch.float64)[0]
+    table = torch.cat([y[:, None].double(), x], 1).tolist()
+    (folder / "rows.csv").write_text("".join(",".join(map(repr, row)) + "\n" for row in table))
+
+    def make(batch_size: int, eval_batch_size: int) -> CSVDataModule:
+        settings = {"num_classes": 3, "val_rows": 4, "dtype": "float64", "shuffle_buffer": 7}
+        return CSVDataModule(folder / "rows.csv", batch_size, eval_batch_size, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["in memory", "stream"])
+def test_data_modules_deal_out_the_batches_of_one_process(kind: str, tmp_path: Path) -> None:
     """Catches processes that shuffle differently or evaluate the same samples: the run must be that of one process."""
+    make = Drawn if kind == "in memory" else stream(tmp_path)
 
     def run(fit: Trainer, seed: int, size: int) -> State:
         model = module()
         seed_everything(seed, verbose=False)
-        fit.fit(model, datamodule=Drawn(batch_size=size, eval_batch_size=4))
+        fit.fit(model, datamodule=make(batch_size=size, eval_batch_size=4))
         return state(model, fit)
 
     def share(rank: int) -> State:
