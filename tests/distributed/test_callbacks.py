@@ -19,7 +19,10 @@ from tests.distributed.gloo import launch
 from tests.distributed.problems import OPTIMIZERS, batches
 from tests.distributed.test_ddp import Drawn, ddp, loader, module, parts, state, trainer, whole
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
 WATCHES = {"codes": lambda: CodeMonitor(1), "backprop": lambda: CompareToBackprop(1)}
 LOSSES = {"plain": None, "class weights": torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)}
 
@@ -84,10 +87,12 @@ class Splits(Drawn):
 def twin_of(fit: Any, seed: int, size: int, dropout: float, ckpt: Path | None = None) -> Any:
     """Results of a comparison without the seconds, and the twin's weights."""
     seed_everything(seed, verbose=False)
-    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)]
+    masks = [nn.Dropout(dropout)] if dropout else []  # which draw, whatever the rate
+    layers = [nn.Linear(6, 8), nn.ReLU(), *masks, nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)]
     model = AltMinModule(nn.Sequential(*layers).double(), codes=CurvatureCodes(every=2))
     (compare,) = (callback for callback in fit.callbacks if isinstance(callback, CompareWithTwin))
     data = Splits(batch_size=size, eval_batch_size=size)
+    seed_everything(seed, verbose=False)  # as DDP does
     fit.fit(model, datamodule=data, ckpt_path=ckpt, weights_only=True if ckpt else None)
     assert compare.twin is not None
     results = {who: {k: v for k, v in row.items() if k != "training seconds"} for who, row in compare.results.items()}
