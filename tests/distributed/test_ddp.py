@@ -129,6 +129,26 @@ def test_single_precision() -> None:
     compare(found, expected, 1e-6)
 
 
+def test_bf16_mixed() -> None:
+    """Catches gradients that are averaged in sixteen bits, or weights that differ between processes.
+
+    A sample's code is the same number on any process; what is left is the rounding of sums: 2e-3 of the largest weight.
+    """
+    data = [(x.float(), y) for x, y in whole()]
+
+    def run(fit: Trainer, part: Any) -> State:
+        model = module(weights=LocalGradient(OPTIMIZERS["sgd"])).float()
+        fit.fit(model, loader(part))
+        return {name: value for name, value in model.state_dict().items() if "network" in name}
+
+    start = {name: value for name, value in module().float().state_dict().items() if "network" in name}
+    found = launch(2, lambda rank: run(ddp(precision="bf16-mixed"), parts(data, rank)))
+    expected = run(trainer(devices=1, precision="bf16-mixed"), data)
+    assert all(value.dtype == torch.float32 for value in found[0].values())
+    assert all(float((value - expected[name]).abs().max()) > 0.01 for name, value in start.items()), "nothing trained"
+    compare(found, expected, 2e-3)
+
+
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
 def test_lightnings_own_sampler_and_validation(tmp_path: Path) -> None:
     """Catches a monitored value that differs between processes: a checkpoint or a plateau would then, too."""
