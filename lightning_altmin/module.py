@@ -205,6 +205,7 @@ class AltMinModule(SupervisedModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer features that cannot work, before anything else happens."""
+        super().setup(stage)
         if stage == "fit":
             refuse_unsupported(self.trainer, self.core.coded)
             self.core.processes = processes_of(self.trainer)
