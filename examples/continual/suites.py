@@ -113,8 +113,8 @@ SUITES = {
         lambda root, seed: thinned(permuted_mnist(root, seed=seed), 10000, seed),
         mlp,
         10,
-        # second moments of three layers' inputs and the projections made of them, in single precision
-        2 * 4 * (785**2 + 257**2 + 257**2) // IMAGE,
+        # second moments of three layers' inputs in double precision, and projections made of them in single
+        (8 + 4) * (785**2 + 257**2 + 257**2) // IMAGE,
         ("AM-mem, joint", "AM-mem, learnt features"),
     ),
     # its samples are 1024 features in single precision; the hidden layer is frozen for all methods

@@ -121,7 +121,7 @@ class OrthogonalWeights(Callback):
     def second_moments(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> Tensors:
         """Mean of ``a a^T`` over a task's training samples and positions, by layer name."""
         layers = self._protected(pl_module)
-        sums = {name: layer.layer.weight.new_zeros(layer.inputs + 1, layer.inputs) for name, layer in layers.items()}
+        sums = {name: _zeros(layer) for name, layer in layers.items()}
         with evaluating(pl_module), _observed(layers, sums):
             for batch in stream_data(trainer, self).training_samples(task.index, self.samples, self.seed):
                 x, _ = inputs_and_labels(pl_module, trainer.strategy.batch_to_device(batch))
@@ -133,8 +133,8 @@ class OrthogonalWeights(Callback):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the moments and of the projections made of them."""
-        return 2 * sum(t.numel() * t.element_size() for t in self.moments.values())
+        """Bytes of the moments; projections of the layers' own precision are made of them for every task."""
+        return sum(t.numel() * t.element_size() for t in self.moments.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, and how many tasks are in them."""
@@ -147,8 +147,7 @@ class OrthogonalWeights(Callback):
 
     def _projection(self, name: str, layer: LeastSquaresLayer) -> Tensor:
         if name not in self._projections:
-            moments = self.moments[name].double()
-            rho = self.ridge / self.tasks
+            moments, rho = self.moments[name].to(layer.layer.weight.device), self.ridge / self.tasks
             projection = rho * moments.diagonal().mean() * damped_inverse(moments, rho)
             self._projections[name] = projection.to(layer.layer.weight)
         return self._projections[name]
@@ -171,6 +170,16 @@ def _projectable(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear | nn.Conv2d) or not module.weight.requires_grad:
         return False
     return isinstance(module, nn.Linear) or module.groups == 1
+
+
+def _zeros(layer: LeastSquaresLayer) -> Tensor:
+    """For sums of ``a a^T``, and a last row for their number; in double precision, where the device has it.
+
+    In single precision, rounding of sums that have no full rank would be as large as a small ridge.
+    """
+    weight = layer.layer.weight
+    dtype = weight.dtype if weight.device.type == "mps" else torch.float64
+    return weight.new_zeros(layer.inputs + 1, layer.inputs, dtype=dtype)
 
 
 def _plain(optimizers: Sequence[Any]) -> Iterator[Optimizer]:
