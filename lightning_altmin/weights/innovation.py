@@ -30,7 +30,7 @@ class InnovationForm(MemoryForm[Preconditioner]):
         ridge: Relative to the mean of A's diagonal, in [0.1, 10].
         forgetting: Discount of A per measurement, in (0, 1].
         step: The optimizer's learning rate, in (0, 1].
-        limit: Largest change of a layer in one step relative to its norm, > 0; infinite for no bound.
+        limit: Largest change of a layer in one step, relative to its norm at the first, > 0; infinite for no bound.
         positions: What the sum over positions is divided by: their number (``"mean"``) or its ``"root"``.
         rank: Leading directions of A to keep in layers with more inputs than that, >= 0; 0 keeps its diagonal, ``None``
             all of A.

@@ -38,10 +38,9 @@ class CoactivationMemory(WeightSolver):
     trained bias is an appended one. Convolutions count every position of every sample.
 
     ``form="innovation"``, the default: :math:`W \leftarrow W + step \cdot \overline{D a^\top} (\bar A + ridge)^{-1}`,
-    bars for means,
-    ``D`` the change that the layer's own problem asks of its output: minus
-    its gradient, which with one code step and forward inputs is backprop's. So this form is then backprop
-    preconditioned by the inputs' second moments. The output layer takes part with the gradient of the loss.
+    bars for means, ``D`` the change that the layer's own problem asks of its output: minus its gradient, which with one
+    code step and forward inputs is backprop's. So this form is then backprop preconditioned by the inputs' second
+    moments. The output layer takes part with the gradient of the loss.
 
     ``form="solve"``, the paper's: :math:`B = \sum c a^\top` is kept too, and every ``every`` batches ``W`` becomes the
     ridge solution (``solver="cholesky"``) or moves towards it by one sweep of `bcd` (``"bcd"``). The output layer is
@@ -54,8 +53,8 @@ class CoactivationMemory(WeightSolver):
         forgetting: Discount per measurement, in (0, 1]; if not given, 0.95 (innovation) or 1 (solve).
         step: Of the innovation form, in (0, 1]; 0.8 if not given. It is the optimizer's learning rate, which schedules
             may change.
-        limit: Of the innovation form: largest change of a layer in one step, relative to its norm, > 0; 0.2 if not
-            given. ``math.inf`` is no bound, and then large steps diverge in networks with convolutions.
+        limit: Of the innovation form: largest change of a layer in one step, relative to its norm at the first step,
+            > 0; 0.2 if not given. ``math.inf`` is no bound, and then large steps diverge in networks with convolutions.
         positions: Of the innovation form: what a convolution's sum over positions is divided by: ``"mean"``, their
             number, or its ``"root"``, which is used if not given. Changes asked for at neighbouring positions agree in
             part, so their mean is a timid step.
@@ -104,18 +103,16 @@ class CoactivationMemory(WeightSolver):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
         self._form = _form(
             form,
-            {
-                "solver": solver,
-                "ridge": ridge,
-                "forgetting": forgetting,
-                "step": step,
-                "limit": limit,
-                "positions": positions,
-                "rank": rank,
-                "every": every,
-                "lambda_w": lambda_w or None,
-                "window": window,
-            },
+            solver=solver,
+            ridge=ridge,
+            forgetting=forgetting,
+            step=step,
+            limit=limit,
+            positions=positions,
+            rank=rank,
+            every=every,
+            lambda_w=lambda_w or None,
+            window=window,
         )
         self.form = form
         self.every = every
@@ -310,7 +307,7 @@ def _beside(stage: Stage, memory: Memory[Any] | None) -> list[nn.Parameter]:
     return [p for p in trainable(stage) if id(p) not in own]
 
 
-def _form(form: str, settings: dict[str, Any]) -> MemoryForm[Any]:
+def _form(form: str, **settings: Any) -> MemoryForm[Any]:
     """The form with the settings that were given, those that are not ``None``.
 
     Raises:

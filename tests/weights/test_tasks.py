@@ -98,3 +98,5 @@ def test_a_window_belongs_to_its_layers() -> None:
     assert "of 2 tasks" in core.explain()
     with pytest.raises(ValueError, match="no window was given; set window="):
         weights._solvers[1].begin_task()
+    with pytest.raises(ValueError, match="memories with a window, there is none"):
+        LayerwiseWeights({"default": CoactivationMemory()}).begin_task()
