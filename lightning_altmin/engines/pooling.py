@@ -101,9 +101,7 @@ class TiledMaxPool2dRule(Rule):
         for index in range(tiles.count - 1):
             entries[index].copy_(grad)
             # What goes on to later entries is the gradient where this one falls short of the largest.
-            aten.threshold_backward.grad_input(
-                grad, tiles.below(largest, index, scratch=entries[-1]), 0, grad_input=grad
-            )
+            aten.threshold_backward.grad_input(grad, tiles.below(largest, index), 0, grad_input=grad)
             entries[index].sub_(grad)
         entries[-1].copy_(grad)
         return gradient
@@ -148,11 +146,10 @@ class _Tiles:
             return self._entries[index]
         return torch.sub(self._entries[index], self._largest).add_(self._moves[index])
 
-    def below(self, largest: Tensor, index: int, scratch: Tensor) -> Tensor:
-        """How far the given entry of every tile is below the largest; may be written to ``scratch``."""
+    def below(self, largest: Tensor, index: int) -> Tensor:
+        """How far the given entry of every tile is below the largest: a new tensor."""
         entry = self.entry(index)
-        below: Tensor = aten.sub.out(largest, entry, out=scratch if self._moves is None else entry)
-        return below
+        return largest - entry if self._moves is None else torch.sub(largest, entry, out=entry)
 
 
 def _tiles(pool: nn.MaxPool2d) -> bool:
