@@ -13,9 +13,9 @@ more passes over the data.
 
 Every method has six settings (`METHODS`); `tune` judges them by a sixth of the training set held out, and the one with
 the highest mean accuracy over the marks is used by `final`, which trains on the whole training set, is judged by the
-test set, and uses other seeds. `--small` does all of it with one seed, fewer marks, and another results file. `--workers N`
-runs N at a time. Every finished run is written at once to docs/results/first_epoch.csv; a run whose rows exist is not
-repeated, so an interrupted command goes on where it stopped.
+test set, and uses other seeds. `--small` does all of it with one seed, fewer marks, and another results file.
+`--workers N` runs N at a time. Every finished run is written at once to docs/results/first_epoch.csv; a run whose rows
+exist is not repeated, so an interrupted command goes on where it stopped.
 """
 
 from __future__ import annotations

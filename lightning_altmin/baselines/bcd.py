@@ -97,7 +97,7 @@ class BCDModule(OfflineModule):
         """A hidden ``u_l``: unit by unit. ``predicted`` is ``W_l v_{l-1} + b_l``."""
         centre = predicted.mul_(self.rho).add_(u, alpha=self.alpha).div_(self.rho + self.alpha)
         weight = (self.rho + self.alpha) / self.gamma
-        for c, wanted in zip(centre.split(_ROWS), v.split(_ROWS), strict=True):
+        for c, wanted in zip(torch.split(centre, _ROWS), torch.split(v, _ROWS), strict=True):
             c += activation_move(activation, c, wanted - activation(c), weight)
         return centre
 

@@ -137,7 +137,7 @@ def lower(value: Callable[[], Tensor], variables: Sequence[Tensor], iterations: 
         return found.detach()
 
     first = value()
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     for variable, requires_grad in zip(variables, required, strict=True):
         variable.requires_grad_(requires_grad)
         variable.grad = None

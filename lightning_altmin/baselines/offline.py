@@ -188,7 +188,8 @@ class OfflineModule(SupervisedModule, ABC):
 
 def forward_variables(layers: list[Layer], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Every layer's output before and after the next activation; after the last layer there is none."""
-    before, after = [], []
+    before: list[Tensor] = []
+    after: list[Tensor] = []
     for index, layer in enumerate(layers):
         z = layer.linear(after[-1] if after else x)
         before.append(z)

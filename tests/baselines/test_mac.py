@@ -73,7 +73,7 @@ def test_the_coordinates_end_at_scipys_optimum() -> None:
         leaf = torch.from_numpy(flat).requires_grad_()
         z = [part.view_as(t) for part, t in zip(leaf.split(sizes), start, strict=True)]
         found = objective(network, x, y, z, 0.3)
-        return float(found), torch.autograd.grad(found, leaf)[0].numpy()
+        return float(found.detach()), torch.autograd.grad(found, leaf)[0].numpy()
 
     flat = torch.cat([t.reshape(-1) for t in start]).numpy()
     best = minimize(value, flat, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000})
