@@ -37,7 +37,7 @@ from lightning_altmin import AltMinModule
 from lightning_altmin.data import DigitsDataModule
 
 PROCESSES, EPOCHS, BATCH, SAVES = 2, 2, 100, 2  # two epochs of eight batches, a checkpoint after every second one
-LIMIT = 120  # seconds in which a run has to end, on a busy machine too
+LIMIT = 900  # seconds in which a run has to end, on a machine that is stopped now and then too
 MOMENTS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "writing a checkpoint")
 COLUMNS = (
     "run",
@@ -112,7 +112,7 @@ def train(rank: int, port: int, folder: Path, kill: Kill | None) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=PROCESSES,
-        strategy=DDPStrategy(timeout=timedelta(seconds=20)),
+        strategy=DDPStrategy(timeout=timedelta(seconds=300)),
         max_epochs=EPOCHS,
         callbacks=[saves] if kill is None or kill.process != rank else [Killer(kill), saves],
         logger=False,
