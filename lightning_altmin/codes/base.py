@@ -28,7 +28,7 @@ class CodeProblem:
         state: What encode fixed in that stage for this batch.
         forward: c_l at its forward value, where the problem starts and to which it is anchored; shape
             ``(batch, *code)``.
-        forward_output: ``above`` at ``forward``, known from encode; NaN where nothing has a use for it and it was freed.
+        forward_output: ``above`` at ``forward``, known from encode; NaN where it was freed, for nothing uses it.
         target_move: Move of the code above, or ``None`` for the top code, whose stage above is judged by the loss.
         loss: The network's loss at its forward output, with the batch's targets.
         level: Index of the code, counted from 0 at the bottom.

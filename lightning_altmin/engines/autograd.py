@@ -107,7 +107,9 @@ class AutogradEngine(StageEngine):
         return output, _State(statistics, before if used else None)
 
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        return self._map(x if move is None else x + move, state, lambda: batch_norm_state.held(self._norms, state.statistics))
+        return self._map(
+            x if move is None else x + move, state, lambda: batch_norm_state.held(self._norms, state.statistics)
+        )
 
     def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
         return self._map(x if move is None else x + move, state, lambda: batch_norm_state.untracked(self._norms))

@@ -76,7 +76,7 @@ class Chain(StageMap):
         return gradients
 
     def _changed(self, points: Sequence[Point], spend: bool) -> Tensor:
-        """How far the move changes the output of the last of ``points``; ``spend``: the first input may be overwritten."""
+        """How far the move changes the last output; ``spend``: what the first input was before may be overwritten."""
         difference = self._move
         assert difference is not None  # at x itself nothing has changed
         for index, here in enumerate(points):

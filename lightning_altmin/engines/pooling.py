@@ -110,9 +110,7 @@ class TiledMaxPool2dRule(Rule):
         """The first entry of every tile, the second, and so on along rows; what fills no tile is left out."""
         height, width = _pair(self.module.kernel_size)
         rows, columns = x.shape[-2] // height, x.shape[-1] // width
-        return [
-            x[..., r::height, c::width][..., :rows, :columns] for r in range(height) for c in range(width)
-        ]
+        return [x[..., r::height, c::width][..., :rows, :columns] for r in range(height) for c in range(width)]
 
     def _fills(self, x: Tensor) -> bool:
         height, width = _pair(self.module.kernel_size)

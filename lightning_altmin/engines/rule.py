@@ -110,7 +110,8 @@ class Point:
             if self._below is not None:
                 self._x = self._below.y
             else:
-                assert self.base is not None and self._move is not None  # else it was spent
+                assert self.base is not None  # else it was spent
+                assert self._move is not None
                 self._x = self.base.x + self._move
         return self._x
 

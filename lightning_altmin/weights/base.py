@@ -166,8 +166,8 @@ class WeightSolver(nn.Module, ABC):
     Attributes:
         inputs: Which codes the weight step reads; override `inputs_of` to choose per stage.
         steps: Weight steps per batch, >= 1. All of them together are one optimization step of the batch.
-        uses_up: Whether `gradients` asks a problem for ``last_gradients`` and nothing else, so that the batch's codes can
-            be freed, or overwritten, as soon as a stage has its gradients.
+        uses_up: Whether `gradients` asks a problem for ``last_gradients`` and nothing else, so that codes can be freed,
+            or overwritten, as soon as a stage has its gradients.
         sets_weights: Whether the optimizer's step leads to weights that were solved for, and not along a direction:
             then it must not be clipped or averaged over batches.
         traceable: Whether `gradients` can be part of a compiled graph: it keeps nothing from batch to batch.
