@@ -212,7 +212,8 @@ def table(path: Path) -> str:
     theory, runs = Theory.of(Problem()), read(path)
     lines = [
         f"m = {theory.modulus:.3f}, symmetric part {theory.monotone:.3f}, own blocks {theory.own:.3f}, "
-        f"coupling {theory.coupling:.3f}, L = {theory.steepest:.3f}; predicted limit of t E|w - w*|^2 under 1/t: {theory.limit:.4f}",
+        f"coupling {theory.coupling:.3f}, L = {theory.steepest:.3f}; "
+        f"predicted limit of t E|w - w*|^2 under 1/t: {theory.limit:.4f}",
         "",
         "| schedule | seeds | slope, last factor of ten (95 %) | t times squared error at the end (95 %) |",
         "| --- | --- | --- | --- |",
