@@ -8,7 +8,7 @@ stream and what it cost. Suites, all in a single pass:
 
 - ``split_mnist``: five tasks of two digits, one head (class-incremental; task-incremental accuracy beside it);
 - ``domain_mnist``: the same tasks with labels 0 and 1 in each (domain-incremental);
-- ``permuted_mnist``: ten permutations of pixels, 10000 samples each;
+- ``permuted_mnist``: ten permutations of pixels, 6000 samples each;
 - ``split_cifar10``: five tasks of two classes on frozen random features, which all methods share;
 - ``bytes``: split_mnist by bytes of state, for the figure.
 

@@ -110,7 +110,7 @@ SUITES = {
         lambda root, seed: split_mnist(root, labels="local"), conv, 2, memory_bytes(1153, 2) // IMAGE
     ),
     "permuted_mnist": Suite(
-        lambda root, seed: thinned(permuted_mnist(root, seed=seed), 10000, seed),
+        lambda root, seed: thinned(permuted_mnist(root, seed=seed), 6000, seed),
         mlp,
         10,
         # second moments of three layers' inputs in double precision, and projections made of them in single
