@@ -82,8 +82,12 @@ class ExactResume(LightningModule):
 
 
 def of_all_processes(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Something that each process has, by rank; this one's alone where others may be gone, after an exception."""
-    if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
+    """Something that each process has, by rank; this one's alone where the others cannot be waited for.
+
+    They may be gone after an exception, or be elsewhere when a signal makes Lightning save in the middle of a batch.
+    """
+    alone = trainer.state.status == TrainerStatus.INTERRUPTED or TrainerProgress(trainer).in_batch()
+    if trainer.world_size == 1 or alone:
         return [own]
     states = [own] * trainer.world_size
     dist.all_gather_object(states, own)

@@ -95,6 +95,31 @@ def test_the_others_end_and_a_new_run_goes_on_bit_equal(tmp_path: Path, victim: 
     compare([state(model, fit)], straight())
 
 
+@pytest.mark.parametrize("batch", [1, 2], ids=["in an epoch", "in the last batch of an epoch"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigterm_ends_all_long_before_the_timeout(tmp_path: Path, victim: int, batch: int) -> None:
+    """Catches an exchange that the signal adds on one process: the others would wait for a partner of another kind."""
+
+    def share(rank: int) -> None:
+        strategy = DDPStrategy(timeout=timedelta(minutes=30))
+        saves = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=0)
+        signals = [Signal(batch, signal.SIGTERM)] if rank == victim else []
+        fit = ddp(strategy=strategy, enable_checkpointing=True, callbacks=[saves, *signals])
+        fit.fit(fresh(), datamodule=Drawn(batch_size=4, eval_batch_size=4))
+
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    workers = start(2, share, (), folder)
+    for worker in workers:
+        worker.join(SECONDS)
+    waiting = [worker.is_alive() for worker in workers]
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    assert waiting == [False, False]
+    assert not list(folder.glob("result*")), "a process went on"
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     """Catches a checkpoint that is written in place, half a file left beside it, an error that names no file."""
     kept = tmp_path / "kept" / "last.ckpt"

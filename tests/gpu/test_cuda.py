@@ -158,7 +158,13 @@ def test_a_bad_batch_changes_nothing(policy: Any, fused: bool) -> None:
 
 def gpu_trainer(**flags: Any) -> Trainer:
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"enable_checkpointing": False, "accelerator": "gpu", "devices": 1, "max_epochs": 3}
+    quiet |= {
+        "enable_checkpointing": False,
+        "accelerator": "gpu",
+        "devices": 1,
+        "max_epochs": 3,
+        "limit_val_batches": 0,
+    }
     return Trainer(**(quiet | flags))
 
 
