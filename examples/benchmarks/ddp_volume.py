@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,10 +140,9 @@ def main() -> None:
     for name in NETWORKS:
         for method in (*METHODS, "backprop, DDP"):
             results = spawn.Queue()
-            store = Path("ddp_volume_store").resolve()
-            store.unlink(missing_ok=True)
+            store = Path(tempfile.mkdtemp()) / "store"
             mp.spawn(measure, (args.processes, name, method, args.batches, str(store), results), nprocs=args.processes)
-            store.unlink(missing_ok=True)
+            shutil.rmtree(store.parent)
             parameters, calls, volume = results.get()
             rows.append([name, parameters, method, f"{calls:.2f}", f"{volume:.0f}", f"{volume / parameters:.3f}"])
             print(*rows[-1], sep=", ", flush=True)
