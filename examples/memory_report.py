@@ -28,6 +28,11 @@ def curves(rows: list[Row], suite: str, method: str) -> dict[int, dict[int, floa
     return found
 
 
+def suites(rows: list[Row], phase: str) -> list[str]:
+    """Those that have rows, in the order of `SUITES`."""
+    return [name for name in SUITES if any((r.suite, r.phase) == (name, phase) for r in rows)]
+
+
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
     """The mean difference, paired by seed, with its 95 % interval (t distribution)."""
     paired = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
@@ -43,7 +48,7 @@ def finals(rows: list[Row]) -> list[str]:
         "| network | batches | AM-mem % | Adam % (rate) | AM-mem - Adam | SGD % (rate) | AM-mem - SGD |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
+    for suite in suites(rows, "final"):
         ours = curves(rows, suite, MEMORY)
         for mark in SUITES[suite].marks:
             cells = [f"{suite} | {mark} | {spread(list(ours[mark].values()))}"]
@@ -61,7 +66,7 @@ def sweeps(rows: list[Row]) -> list[str]:
         "| network | batches | settings | diverged | worst % (setting) | best % (setting) | default % |",
         "|" + " --- |" * 7,
     ]
-    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "sweep"):
+    for suite in suites(rows, "sweep"):
         for mark in SUITES[suite].marks:
             swept = [r for r in rows if (r.suite, r.phase, r.batches) == (suite, "sweep", mark)]
             swept.sort(key=lambda row: row.accuracy)
@@ -76,7 +81,7 @@ def sweeps(rows: list[Row]) -> list[str]:
 def studies(rows: list[Row]) -> list[str]:
     """Parts replaced: means and deviations over seeds, after each number of batches."""
     lines = ["| network | setting | seeds | accuracy % after batches |", "| --- | --- | --- | --- |"]
-    for suite, setting in dict.fromkeys((r.suite, r.setting) for r in rows if r.phase == "study"):
+    for suite, setting in sorted({(r.suite, r.setting) for r in rows if r.phase == "study"}):
         studied = [r for r in rows if (r.suite, r.phase, r.setting) == (suite, "study", setting)]
         at = {mark: [100 * r.accuracy for r in studied if r.batches == mark] for mark in SUITES[suite].marks}
         cells = [f"{mark}: {spread(values)}" for mark, values in at.items()]
@@ -97,9 +102,9 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
     from matplotlib import pyplot
 
-    suites = list(dict.fromkeys(r.suite for r in rows if r.phase == "final"))
-    figure, axes = pyplot.subplots(1, len(suites), figsize=(4 * len(suites), 3.2), squeeze=False)
-    for axis, suite in zip(axes[0], suites, strict=True):
+    shown = suites(rows, "final")
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), squeeze=False)
+    for axis, suite in zip(axes[0], shown, strict=True):
         for method in (MEMORY, *RATES):
             found = curves(rows, suite, method)
             means = [statistics.mean(found[mark].values()) for mark in found]
