@@ -199,11 +199,12 @@ class AltMin(nn.Module):
         del step.codes_forward[level:], step.moves[level:], step._states[level:]
         if self.weights.uses_up:
             problem.passing = True
-            if level > 0 and not self.codes.reads_outputs and not self.coded.stages[level - 1].engine.reads_base_output:
-                problem.spends = True
-                shape = step.codes_forward[-1].shape
+            problem.spends = not self.codes.reads_outputs
+            if level > 0:
+                problem.spends &= not self.coded.stages[level - 1].engine.reads_base_output
+            if level > 0 and problem.spends:
                 # Whoever reads it all the same makes the batch a bad one.
-                step.codes_forward[-1] = step.output.new_full((), torch.nan).expand(shape)
+                step.codes_forward[-1] = step.output.new_full((), torch.nan).expand(step.codes_forward[-1].shape)
             if level == self.coded.depth:
                 step._loss_at = LossAt(self.local_loss, step.output, step.y)  # without what the old one has computed
         return self.weights.gradients(problem)

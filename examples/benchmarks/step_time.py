@@ -221,7 +221,7 @@ def measure(
     torch.set_num_threads(threads)
     rate, rows = gemm_rate(), []
     chosen = {n: METHODS[n] for n in methods if precision == "fp32" or "autograd" not in n}
-    cost = {name: costs(method, net) for name, method in chosen.items() if method.counted}
+    cost = {name: costs(method, net) for name, method in chosen.items() if method.counted and precision == "fp32"}
     for level in levels:
         runner = {"core": core_runner, "trainer": trainer_runner}[level]
         taken = {n: m for n, m in chosen.items() if level == "core" or "autograd" not in n}

@@ -58,7 +58,7 @@ class WeightProblem:
     passing: bool = False
     """Whether `last_gradients` may let go of the tensors above as soon as it is done with them."""
     spends: bool = False
-    """Whether nobody else has a use for ``forward_input`` and ``move``, so that they may be overwritten."""
+    """Whether nobody else has a use for ``move``, and for a ``forward_input`` that moves: they may be overwritten."""
     number: int = 0
     inner: int = 0
     residual: Tensor | None = None
@@ -136,7 +136,7 @@ class WeightProblem:
             return (self.loss if self.known else self.loss.elsewhere(self.live.output())).mean_gradient()
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
         if self.known:
-            residual = -self.move
+            residual = self.move.neg_() if self.spends and self.move.is_contiguous() else -self.move
         elif self.inner > 0 or self.input_move is None:
             residual = self.live.output() - self.forward_output - self.move
         else:
