@@ -1,7 +1,7 @@
 """Continual learning: AM-mem, naive training, EWC, SI and replay on the same networks, streams and passes.
 
-    python examples/continual/benchmark.py split_mnist --root data --out docs/results/continual.csv
-    python examples/continual/benchmark.py split_mnist --root data --tune --out docs/results/continual_tuning.csv
+    python examples/continual/benchmark.py split_mnist --root data --tune
+    python examples/continual/benchmark.py split_mnist --root data
 
 Every row is one run: a suite, a method, a seed (of the network and of the order of samples), accuracy after the whole
 stream and what it cost. Suites, all in a single pass:
@@ -190,12 +190,15 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--share", type=float, default=0.2, help="of the training data, with --tune")
     parser.add_argument("--tuning", type=Path, default=Path("docs/results/continual_tuning.csv"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/continual.csv"))
+    parser.add_argument(
+        "--out", type=Path, help="the rows; docs/results/continual.csv, or --tuning's file, if not given"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    suite, root, out = arguments.suite, arguments.root, arguments.out
+    suite, root = arguments.suite, arguments.root
+    out = arguments.out or (arguments.tuning if arguments.tune else Path("docs/results/continual.csv"))
     if suite == "bytes":
         bytes_curve(root, arguments.seeds, out, arguments.tuning)
         return
