@@ -96,9 +96,9 @@ class Problem:
     def optimum(self) -> Tensor:
         """The field's root near the teacher."""
         weights = self._teacher.clone()
-        for _ in range(3000):  # into the basin
-            weights = weights - 0.3 * self.field(weights)
-        for _ in range(10):
+        for _ in range(200):  # into the basin
+            weights = weights - 0.5 * self.field(weights)
+        for _ in range(4):
             weights = weights - torch.linalg.solve(self.jacobian(weights), self.field(weights))
         return weights
 

@@ -237,7 +237,7 @@ class _Scale:
         """Round numbers inside the range: three to six of them."""
         rough = (self.high - self.low) / 4
         power = 10.0 ** math.floor(math.log10(rough))
-        step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
+        step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
