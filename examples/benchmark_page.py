@@ -125,16 +125,16 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "step_time.json",
         "examples/benchmarks/step_time.py",
         "Backprop's median time of a training step, times the steps of an epoch; others by their ratio to it "
-        "in paired runs. Data loading and Trainer are not counted. Peak memory is what a step adds to network, optimizer and batch. More in [](speed.md). Energy: the machine reports "
-        "none.",
+        "in paired runs. Data loading and Trainer are not counted. Peak memory is what a step "
+        "adds to network, optimizer and batch. More in [](speed.md). Energy: the machine reports none.",
         time_and_memory,
     ),
     (
         "The first epoch, beside offline methods",
         "first_epoch.csv",
         "examples/paper/first_epoch.py",
-        "Test accuracy in per cent after so many batches of 200 of MNIST (95 % intervals), six settings tuned for every "
-        "method on a validation split. ADMM and MAC are fitted anew at each mark to the samples seen by then, with 30 "
+        "Test accuracy in per cent after so many batches of 200 of MNIST (95 % intervals), six settings tuned "
+        "for every method on a validation split. ADMM and MAC are fitted anew at each mark to the samples seen by then, with 30 "
         "sweeps over them.",
         first_epochs,
     ),
@@ -159,7 +159,7 @@ HEAD = """# Benchmarks
 
 <!-- Written by examples/benchmark_page.py from docs/results; do not edit. -->
 
-Every table is made from rows in `docs/results` by `python examples/benchmark_page.py`; the script that measured the rows
+Every table is made from rows in `docs/results` by `python examples/benchmark_page.py`; the script that measured them
 stands under each. All of it ran on 2 CPU cores.
 
 ## Where AltMin loses
