@@ -13,8 +13,8 @@ Jacobian J and the noise's covariance S at the optimum:
     t E|w_t - w*|^2  ->  trace(Sigma),    (cJ - 1/2) Sigma + Sigma (cJ - 1/2)^T = c^2 S
 
 where c is larger than 1 / (2 m), with m the smallest real part of J's eigenvalues. `run` measures three schedules:
-"1/t" with c = 1 / m, "slow" with c = 1 / (4 m), which is too small and must fall like 1 / sqrt(t), and "constant", which
-must not fall. Rows go to docs/results/convergence.csv as they come; runs that are there are not repeated.
+"1/t" with c = 1 / m, "slow" with c = 1 / (4 m), which is too small and must fall like 1 / sqrt(t), and "constant",
+which must not fall. Rows go to docs/results/convergence.csv as they come; runs that are there are not repeated.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def table(path: Path) -> str:
     ]
     for width, samples in dict.fromkeys((r["width"], r["samples"]) for r in rows):
         sized = [r for r in rows if (r["width"], r["samples"]) == (width, samples)]
-        for sweep in (1, 2, 4, 10, 15, 50):
+        for sweep in sorted({1, 2, 4, 10, 15, 50, int(max(r["sweep"] for r in sized))}):
             found = [r for r in sized if r["sweep"] == sweep]
             if not found:
                 continue
