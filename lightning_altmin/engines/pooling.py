@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class MaxPool2dRule(Rule):
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         maxima = self.maxima(x)
         return maxima.y, maxima
+
+    def joined(self, states: Sequence[Any]) -> Any:
+        return states[0] if len(states) == 1 else None  # found again at the whole batch
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         maxima = state if state is not None and state.x is x else self.maxima(x)
