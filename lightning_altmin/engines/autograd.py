@@ -128,7 +128,7 @@ class AutogradEngine(StageEngine):
 
     def _replay(self, x: Tensor, parts: list[tuple[int, list[Tensor]]]) -> Tensor:
         outputs = []
-        for part, (_, states) in zip(x.split([size for size, _ in parts]), parts, strict=True):
+        for part, (_, states) in zip(torch.split(x, [size for size, _ in parts]), parts, strict=True):
             with _replayed(states, x.device):
                 outputs.append(self._run(part))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

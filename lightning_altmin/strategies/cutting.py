@@ -64,8 +64,8 @@ def refuse_uncuttable(core: AltMin, world: int) -> None:
     running = [m for m in core.network.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     if any(norm.training and norm.track_running_stats for norm in running):
         raise ValueError(
-            "LayerParallel cuts a batch into parts, each of which would move the running statistics of an InstanceNorm: "
-            "use track_running_stats=False"
+            "LayerParallel cuts a batch into parts, each of which would move the running statistics of an "
+            "InstanceNorm: use track_running_stats=False"
         )
     if core.weights.steps > 1:
         raise ValueError(f"LayerParallel takes one weight step per batch, weights.steps is {core.weights.steps}")
@@ -75,8 +75,8 @@ def refuse_uncuttable(core: AltMin, world: int) -> None:
         raise ValueError(f"{type(core.objective).__name__} depends on the size of a batch, which LayerParallel cuts up")
     if type(core.processes) is not Processes:
         raise ValueError(
-            f"the model shares its batches by processes={core.processes!r}: data and layer parallelism are not combined; "
-            "use either"
+            f"the model shares its batches by processes={core.processes!r}, and data and layer parallelism are not "
+            "combined; use either"
         )
     if world > len(core.coded.stages):
         raise ValueError(

@@ -136,8 +136,8 @@ class Dealing:
 
 def _refuse_call(network: nn.Module, inputs: Any) -> None:
     raise RuntimeError(
-        f"the layers of {type(network).__name__} are dealt out among processes, so that it cannot be called as a whole: "
-        "call the AltMinModule, or LayerParallel.forward, on all processes"
+        f"the layers of {type(network).__name__} are dealt out among processes, so that it cannot be called as a "
+        "whole: call the AltMinModule, or LayerParallel.forward, on all processes"
     )
 
 

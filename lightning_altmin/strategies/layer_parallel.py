@@ -154,8 +154,9 @@ class LayerParallel:
         return step
 
     @torch.no_grad()
-    def solve_codes(self, step: PipelinedStep) -> None:
+    def solve_codes(self, step: Step) -> None:
         """Phase 2: each part's move comes from above; the codes below one's own stages move, and the lowest goes on."""
+        assert isinstance(step, PipelinedStep)
         top = self.core.coded.depth - 1
         for part in step.parts:
             if self._above is not None:
@@ -174,7 +175,7 @@ class LayerParallel:
         step.parts.clear()
 
     @torch.no_grad()
-    def fill_gradients(self, step: PipelinedStep, inner: int = 0) -> bool:
+    def fill_gradients(self, step: Step, inner: int = 0) -> bool:
         """Phase 3: gradients of one's own stages, judged by all processes together.
 
         Returns:
@@ -256,7 +257,7 @@ class LayerParallel:
             parts=parts,
         )
 
-    def _agree(self, step: PipelinedStep, bad: Tensor) -> Tensor:
+    def _agree(self, step: Step, bad: Tensor) -> Tensor:
         """The verdict of all processes; they share the loss, what they have measured, and whether the batch is one."""
         core = self.core
         by_codes = list(core.codes.measured()) if step._measures else []
@@ -272,8 +273,8 @@ class LayerParallel:
         sums = [value.view_as(part) for value, part in zip(split([p.numel() for p in parts]), parts, strict=True)]
         if step.x.device.type == "cpu" and not torch.isclose(sums[-1], mark * self.world, rtol=1e-6, atol=1e-6):
             raise RuntimeError(
-                f"batch {step.number} is not the same on all processes: under layer parallelism every process reads the "
-                "whole of every batch. Give all of them the same seed, and no DistributedSampler"
+                f"batch {step.number} is not the same on all processes: under layer parallelism every process reads "
+                "the whole of every batch. Give all of them the same seed, and no DistributedSampler"
             )
         if step._measures:
             core.codes.learn(sums[: len(by_codes)])
