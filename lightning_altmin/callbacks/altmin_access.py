@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.module import AltMinModule
+from lightning_altmin.strategies import LayerParallelStrategy
 
 
 def core_of(module: LightningModule, callback: Callback) -> AltMin:
@@ -48,4 +49,17 @@ def refuse_several_processes(trainer: Trainer, callback: Callback) -> None:
         raise MisconfigurationException(
             f"{type(callback).__name__} sees the batches of one process, got {trainer.world_size} processes, whose "
             "updates come from all of them: remove the callback, or use Trainer(devices=1)"
+        )
+
+
+def refuse_dealt_out(trainer: Trainer, callback: Callback) -> None:
+    """For a callback that reads all layers of a network, where each process holds a part of them.
+
+    Raises:
+        MisconfigurationException: If layers are dealt out among processes.
+    """
+    if isinstance(trainer.strategy, LayerParallelStrategy):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} reads all layers, which strategy 'altmin_layer_parallel' deals out among "
+            "processes: remove the callback, or use one process or strategy='ddp'"
         )

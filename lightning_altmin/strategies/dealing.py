@@ -177,14 +177,16 @@ def balanced(costs: Sequence[float], groups: int) -> list[tuple[int, int]]:
 
 
 def stage_costs(core: AltMin, x: Tensor | None = None) -> list[float]:
-    """Relative cost of each stage of a batch: a forward pass, a weight gradient, and above the first a code step.
+    """Relative cost of each stage: a forward pass, a weight gradient, and above the first a code step.
+
+    Where the weight step reads moved codes, their change is passed through the layer once more.
 
     Args:
         core: The model.
         x: A few inputs; with them operations are counted, which convolutions need. Otherwise parameters are.
     """
     stages = core.coded.stages
-    passes = [2.0] + [3.0] * (len(stages) - 1)
+    passes = [2.0] + [4.0 if core.weights.inputs_of(stage) == "moved" else 3.0 for stage in stages[1:]]
     if x is None:
         work: Callable[[Stage], float] = lambda stage: float(sum(p.numel() for p in stage.parameters()))  # noqa: E731
         return [times * work(stage) for times, stage in zip(passes, stages, strict=True)]

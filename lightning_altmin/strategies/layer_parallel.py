@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +25,6 @@ from lightning_altmin.strategies.cutting import cut, mark_of, refuse_batch_stati
 from lightning_altmin.strategies.dealing import Dealing, dealt_out, stage_costs
 from lightning_altmin.strategies.lost import lost_processes_named
 from lightning_altmin.strategies.own_layers import OwnLayers, gathered_tensors
-
-_SEEDS = 2**31
 
 
 @dataclass
@@ -283,15 +281,18 @@ class LayerParallel:
         return sums[-2] > 0
 
     @contextmanager
-    def _seeded(self, part: int, device: torch.device) -> Iterator[Any]:
-        """Inside, each layer draws from a generator of its own; afterwards the global one is as it was.
+    def _seeded(self, part: int, device: torch.device) -> Iterator[Callable[[int], object]]:
+        """Inside, each layer draws from numbers of its own; afterwards the global generator is as it was.
 
-        So the global generators of all processes stay equal, whatever layers they hold, and with them the order of
-        their data.
+        So the generators of all processes stay equal, whatever layers they hold, and with them the order of their data.
         """
-        base = torch.initial_seed() % _SEEDS * _SEEDS + self.core.batches_seen * self.micro_batches + part
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield lambda level: torch.manual_seed((base * len(self.core.coded.stages) + level) % 2**63)
+        batch = torch.initial_seed() % 2**31 * 2**31 + self.core.batches_seen
+        base = (batch * self.micro_batches + part) * len(self.core.coded.stages)
+        on_cuda = device.type == "cuda"
+        # Not torch.manual_seed, which takes a millisecond where CUDA is there and not used.
+        generator = torch.cuda.default_generators[device.index or 0] if on_cuda else torch.default_generator
+        with torch.random.fork_rng(devices=[device] if on_cuda else []):
+            yield lambda level: generator.manual_seed((base + level) % 2**63)
 
     # ---------------------------------------------------------------- the optimizer
 

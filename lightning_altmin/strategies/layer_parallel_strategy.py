@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -11,7 +12,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device, _init_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, WeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
@@ -109,7 +109,6 @@ class LayerParallelStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         """Join the process group."""
         super().setup_environment()
-        reset_seed()
         self.set_world_ranks()
         assert self.cluster_environment is not None
         backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
@@ -142,6 +141,8 @@ class LayerParallelStrategy(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Deal out the layers, then make the optimizer."""
         _refuse_callbacks(trainer)
+        # Every process logs the same values, so there is nothing to accumulate over processes.
+        warnings.filterwarnings("ignore", "It is recommended to use `self.log")
         self._failed = False
         super().setup(trainer)
 
