@@ -281,7 +281,7 @@ def test_validation_and_logging_are_those_of_one_process(tmp_path: Path) -> None
     def run(fit: Trainer) -> tuple[dict[str, float], Any, int]:
         seed_everything(5, verbose=False)
         model, samples = Metered(), Drawn(batch_size=4, eval_batch_size=3)
-        before = fit.validate(model, samples, verbose=False)
+        before = fit.validate(Metered(), samples, verbose=False)
         fit.fit(model, samples)
         logged = {name: float(value) for name, value in fit.callback_metrics.items()}
         outputs = fit.predict(model, DataLoader(TensorDataset(*batches((6,), 11, 1, torch.float64)[0]), batch_size=4))
@@ -296,9 +296,9 @@ def test_validation_and_logging_are_those_of_one_process(tmp_path: Path) -> None
 
     def flags(folder: Path) -> dict[str, Any]:
         stopping = EarlyStopping("val_loss", patience=1, min_delta=0.05)
-        saving = ModelCheckpoint(folder, "{epoch}", monitor="val_auroc", mode="max")
+        saving = ModelCheckpoint(folder / "checkpoints", "{epoch}", monitor="val_auroc", mode="max")
         callbacks = [stopping, saving, LearningRateMonitor(), MuSchedule(multiply=1.2)]
-        logger = CSVLogger(str(folder), name="", version="")
+        logger = CSVLogger(str(folder / "log"), name="", version="")
         return {
             "max_epochs": 6,
             "limit_val_batches": None,
@@ -319,7 +319,7 @@ def test_validation_and_logging_are_those_of_one_process(tmp_path: Path) -> None
         assert (found_best, found_steps) == (best, steps)
         for one, other in zip(found_outputs, outputs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    one, two = ((tmp_path / folder / "metrics.csv").read_text().splitlines() for folder in ("one", "two"))
+    one, two = ((tmp_path / folder / "log" / "metrics.csv").read_text().splitlines() for folder in ("one", "two"))
     assert len(one) == len(two)
     assert one[0] == two[0]  # every layer's rate is among the columns
 
