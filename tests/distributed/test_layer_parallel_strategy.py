@@ -423,5 +423,6 @@ def test_costs_follow_the_operations() -> None:
 
     # Multiply-adds per sample of 16 x 16 pixels, 2 passes of the first layer and 4 of others. Convolutions:
     # 12 * 12 * 6 * 25 * 2 = 43,200 and 2 * 2 * 16 * 150 * 4 = 38,400; linear: 16 * 120 * 4 = 7,680,
-    # 120 * 84 * 4 = 40,320 and 84 * 3 * 4 = 1,008. Balanced are 81,600 and 49,008; by parameters it would be stages 0 to 2, and 3 and 4.
+    # 120 * 84 * 4 = 40,320 and 84 * 3 * 4 = 1,008. Balanced are 81,600 and 49,008;
+    # by parameters it would be stages 0 to 2, and 3 and 4.
     assert launch(2, share) == [(0, 1), (2, 4)]
