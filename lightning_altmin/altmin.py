@@ -11,7 +11,7 @@ No gradient runs through more than one stage: each line above differentiates a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,22 +176,26 @@ class AltMin(nn.Module):
         """
         if step._solved is not None:
             return
-        signal: Tensor | None = None
         frees = not step._keep and self.weights.steps == 1
         gradients: Gradients = []
-        for problem, level in self.code_problems(step):
-            step.moves[level] = self.codes.solve(problem)
-            # Several weight steps go all the way to a code's target, whose own size then matters.
-            if problem.rate is not None and self.weights.steps == 1:
-                signal = problem.rate if signal is None else problem.rate * signal
-            step._signals[level] = signal
-            del problem  # which holds the code above
+        for level in range(self.coded.depth - 1, -1, -1):
+            self.move_code(step, level)
             if frees:
                 gradients += self._passing_gradients(step, level + 1)
         if frees:
             gradients += self._passing_gradients(step, 0)
             gradients = self.weights.complete(gradients)
             step._solved = gradients, is_bad(gradients, self._evidence(step))
+
+    def move_code(self, step: Step, level: int) -> None:
+        """Move one code; the one above has moved before."""
+        problem = self.code_problem(step, level)
+        step.moves[level] = self.codes.solve(problem)
+        signal = problem.signal
+        # Several weight steps go all the way to a code's target, whose own size then matters.
+        if problem.rate is not None and self.weights.steps == 1:
+            signal = problem.rate if signal is None else problem.rate * signal
+        step._signals[level] = signal
 
     def _passing_gradients(self, step: Step, level: int) -> Gradients:
         """One stage's local gradients; the codes above its input are freed on the way, and that one if it can be."""
@@ -245,23 +249,23 @@ class AltMin(nn.Module):
 
     def code_problems(self, step: Step) -> Iterator[tuple[CodeProblem, int]]:
         """The codes' problems from the top down; each is made when asked for, from the codes as they are then."""
-        top = self.coded.depth - 1
-        for level in range(top, -1, -1):
-            yield (
-                CodeProblem(
-                    objective=self.objective,
-                    above=self.coded.stages[level + 1],
-                    state=step._states[level + 1],
-                    forward=step.codes_forward[level],
-                    forward_output=step.output if level == top else step.codes_forward[level + 1],
-                    target_move=None if level == top else step.moves[level + 1],
-                    loss=step._loss_at,
-                    level=level,
-                    measures=step._measures,
-                    signal=None if level == top else step._signals[level + 1],
-                ),
-                level,
-            )
+        return ((self.code_problem(step, level), level) for level in range(self.coded.depth - 1, -1, -1))
+
+    def code_problem(self, step: Step, level: int) -> CodeProblem:
+        """The problem of one code, counted from 0 at the bottom, from the codes as they are now."""
+        is_top = level == self.coded.depth - 1
+        return CodeProblem(
+            objective=self.objective,
+            above=self.coded.stages[level + 1],
+            state=step._states[level + 1],
+            forward=step.codes_forward[level],
+            forward_output=step.output if is_top else step.codes_forward[level + 1],
+            target_move=None if is_top else step.moves[level + 1],
+            loss=step._loss_at,
+            level=level,
+            measures=step._measures,
+            signal=None if is_top else step._signals[level + 1],
+        )
 
     def weight_problems(self, step: Step, inner: int = 0) -> Iterator[WeightProblem]:
         """The stages' problems; none depends on another's result."""
@@ -288,6 +292,16 @@ class AltMin(nn.Module):
         )
 
     # ---------------------------------------------------------------- state
+
+    def pending_gradients(self) -> dict[str, Tensor]:
+        """Gradients that are being accumulated, by parameter name."""
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
+    def restore_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Go on accumulating from `pending_gradients`; parameters that are not among them have none."""
+        for name, parameter in self.named_parameters():
+            gradient = gradients.get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """The ordinary forward pass of the network, shape ``(batch, *output)``."""

@@ -22,7 +22,7 @@ from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group, equal_groups_merged
 from lightning_altmin.step import Step
-from lightning_altmin.strategies import end_together_on_sigterm, processes_of, refuse_strategy
+from lightning_altmin.strategies import LayerParallel, end_together_on_sigterm, processes_of, refuse_strategy
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer_checks import (
     refuse_optimizer,
@@ -103,6 +103,8 @@ class AltMinModule(SupervisedModule):
         self._pending = 0  # batches since the last optimizer step
         self._admitted = 0  # how many of them were good
         self._saved_pending: dict[str, Any] | None = None
+        self.dealt_out: LayerParallel | None = None
+        """Set by `LayerParallelStrategy` for the time of a run."""
         self.keep_codes = False
         """Set by a callback in ``on_train_batch_start`` to find the batch's `Step`, with codes, in its outputs."""
 
@@ -129,9 +131,9 @@ class AltMinModule(SupervisedModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One batch: encode, solve codes, update weights."""
         x, y = self.unpack(batch)
-        step = self.core.encode(x, y, self.keep_codes)
+        step = self.stepper.encode(x, y, self.keep_codes)
         with step.undone_on_error():
-            self.core.solve_codes(step)
+            self.stepper.solve_codes(step)
             stepped = self.update_weights(step)
         self.log_training_loss(step.loss)
         self._step_schedules(stepped)
@@ -148,9 +150,9 @@ class AltMinModule(SupervisedModule):
         wrapped: Any = self.optimizers()
         last = self.core.weights.steps - 1
         for inner in range(last):
-            self._admitted += self.core.fill_gradients(step, inner)
+            self._admitted += self.stepper.fill_gradients(step, inner)
             self._apply_gradients(wrapped.optimizer, wrapped.optimizer.step)
-        self._admitted += self.core.fill_gradients(step, last)
+        self._admitted += self.stepper.fill_gradients(step, last)
         self._pending += 1
         if self._pending < self.accumulate_batches and not self._epoch_is_over:
             return False
@@ -188,8 +190,13 @@ class AltMinModule(SupervisedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """The ordinary forward pass of the network."""
-        output: Tensor = self.core(x)
+        output: Tensor = self.stepper(x)
         return output
+
+    @property
+    def stepper(self) -> AltMin | LayerParallel:
+        """Who runs the phases of a batch: the core, or its layers dealt out among processes."""
+        return self.core if self.dealt_out is None else self.dealt_out
 
     @property
     def network(self) -> nn.Module:
@@ -216,7 +223,7 @@ class AltMinModule(SupervisedModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer over all layers, with a named parameter group per layer, and the schedule."""
-        optimizer = self.core.make_optimizer()
+        optimizer = self.stepper.make_optimizer()
         refuse_optimizer(optimizer)
         return self.optimizer_configuration(optimizer)
 
@@ -229,9 +236,7 @@ class AltMinModule(SupervisedModule):
         pending = self._saved_pending if self.resuming and self._saved_pending else _NOTHING_PENDING
         self._pending, self._admitted = pending["batches"], pending["admitted"]
         self._saved_pending = None
-        for name, parameter in self.named_parameters():
-            gradient = pending["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        self.stepper.restore_gradients(pending["gradients"])
 
     def on_train_epoch_end(self) -> None:
         """Report bad batches; step a schedule that watches a value of the epoch."""
@@ -256,7 +261,7 @@ class AltMinModule(SupervisedModule):
             checkpoint[_PENDING] = {
                 "batches": self._pending,
                 "admitted": self._admitted,
-                "gradients": {n: p.grad for n, p in self.named_parameters() if p.grad is not None},
+                "gradients": self.stepper.pending_gradients(),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

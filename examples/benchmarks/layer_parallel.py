@@ -1,17 +1,22 @@
-"""Throughput of LayerParallel on 2 processes with one thread each, over one process with one thread.
+"""Throughput of LayerParallel on several processes with one thread each, over one process with one thread.
 
     python examples/benchmarks/layer_parallel.py --output docs/results/layer_parallel.csv
 
-Runs of the two kinds alternate, so that other load on the machine meets both. Reported are medians of the seconds per
-batch, their ratio, and the parameters that each process holds.
+The two alternate in short blocks of batches, the first process running the whole model while the others wait, so that a
+machine that is now faster, now slower meets both alike. A row has the medians of seconds per batch over a run's blocks,
+the median of the blocks' ratios, and the ratio of the fastest blocks, which other load has disturbed least.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,9 @@ from lightning_altmin import AltMin
 from lightning_altmin.nn import MLP
 from lightning_altmin.strategies import LayerParallel
 
+COLUMNS = ["run", "processes", "micro_batches", "one_process_s", "layer_parallel_s", "speed_up"]
+COLUMNS += ["speed_up_of_fastest", "largest_share"]
+
 
 def model(hidden: list[int]) -> AltMin:
     torch.manual_seed(0)
@@ -35,30 +43,55 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return torch.rand(size, 784, generator=generator), torch.randint(10, (size,), generator=generator)
 
 
-def timed(step: Any, x: Tensor, y: Tensor, batches: int) -> float:
-    """Median seconds per batch; the first ones, which measure curvatures and fill caches, are not counted."""
+def timed(step: Callable[[], Any], batches: int) -> list[float]:
     times = []
-    for number in range(batches + 5):
+    for _ in range(batches):
         begin = time.perf_counter()
-        step(x, y)
-        if number >= 5:
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        step()
+        times.append(time.perf_counter() - begin)
+    return times
 
 
-def alone(args: argparse.Namespace) -> float:
-    torch.set_num_threads(1)
-    core = model(args.hidden)
-    return timed(lambda x, y: core.step(x, y, keep_codes=False), *batch(args.batch_size), args.batches)
-
-
-def together(rank: int, args: argparse.Namespace, store: str, results: Any) -> None:
+def run(rank: int, args: argparse.Namespace, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.processes)
+    x, y = batch(args.batch_size)
+    whole = model(args.hidden) if rank == 0 else None
     layers = LayerParallel(model(args.hidden), micro_batches=args.micro_batches)
-    seconds = timed(layers.step, *batch(args.batch_size), args.batches)
-    results.put((rank, seconds, sum(p.numel() for p in layers.core.network.parameters())))
+    alone, together = [], []
+    for block in range(args.blocks + 1):
+        dist.barrier()
+        layers.core.batches_seen = 11  # batches that measure no curvature, as nine in ten
+        times = timed(partial(layers.step, x, y), args.batches)
+        dist.barrier()
+        if whole is not None:
+            whole.batches_seen = 11
+            single = timed(partial(whole.step, x, y, keep_codes=False), args.batches)
+            if block > 0:  # the first fills caches
+                alone.append(single)
+        if block > 0:
+            together.append(times)
+    parameters = sum(p.numel() for stage in layers.stages for p in stage.parameters())
+    results.put((rank, together, alone, parameters))
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def row(number: int, args: argparse.Namespace) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        results = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(run, (args, os.path.join(folder, "store"), results), nprocs=args.processes)
+        found = sorted(results.get() for _ in range(args.processes))
+    # The slowest process of each block; all leave a batch together but for the work that follows the verdict.
+    blocks = [max(times, key=statistics.mean) for times in zip(*(each[1] for each in found), strict=True)]
+    alone = found[0][2]
+    ratios = [statistics.mean(a) / statistics.mean(b) for a, b in zip(alone, blocks, strict=True)]
+    one = statistics.median(statistics.mean(times) for times in alone)
+    several = statistics.median(statistics.mean(times) for times in blocks)
+    fastest = min(statistics.mean(times) for times in alone) / min(statistics.mean(times) for times in blocks)
+    share = max(each[3] for each in found) / sum(each[3] for each in found)
+    numbers = [f"{one:.4f}", f"{several:.4f}", f"{statistics.median(ratios):.3f}", f"{fastest:.3f}", f"{share:.3f}"]
+    return [str(number), str(args.processes), str(args.micro_batches), *numbers]
 
 
 def main() -> None:
@@ -67,35 +100,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=4)
-    parser.add_argument("--batches", type=int, default=5, help="timed batches per run")
+    parser.add_argument("--batches", type=int, default=4, help="batches of a block")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of a run")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    whole = sum(p.numel() for p in model(args.hidden).network.parameters())
-    spawn = mp.get_context("spawn")
     rows = []
-    for run in range(args.runs):
-        results = spawn.Queue()
-        store = Path(f"layer_parallel_store_{run}").resolve()
-        store.unlink(missing_ok=True)
-        mp.spawn(together, (args, str(store), results), nprocs=args.processes)
-        store.unlink(missing_ok=True)
-        found = [results.get() for _ in range(args.processes)]
-        with spawn.Pool(1) as pool:
-            single = pool.apply(alone, (args,))
-        seconds = max(seconds for _, seconds, _ in found)
-        share = max(parameters for *_, parameters in found) / whole
-        rows.append([run, args.processes, args.micro_batches, f"{single:.4f}", f"{seconds:.4f}"])
-        rows[-1] += [f"{single / seconds:.3f}", f"{share:.3f}"]
+    for number in range(args.runs):
+        rows.append(row(number, args))
         print(*rows[-1], flush=True)
-    print("median speed-up:", statistics.median(float(row[5]) for row in rows))
-    if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ["run", "processes", "micro_batches", "one_process_s", "layer_parallel_s", "speed_up", "largest_share"]
-            )
-            writer.writerows(rows)
+        if args.output:
+            with args.output.open("w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+    print("median speed-up:", statistics.median(float(each[5]) for each in rows))
 
 
 if __name__ == "__main__":

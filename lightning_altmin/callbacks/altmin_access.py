@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.module import AltMinModule
-from lightning_altmin.strategies import DataParallel, processes_of
+from lightning_altmin.strategies import DataParallel, LayerParallelStrategy, processes_of
 
 
 def core_of(module: LightningModule, callback: Callback) -> AltMin:
@@ -50,4 +50,17 @@ def refuse_other_processes(trainer: Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} needs the whole network on every process, which strategy "
             f"{type(trainer.strategy).__name__} does not give: remove the callback, or use strategy='ddp' or "
             "Trainer(devices=1)"
+        )
+
+
+def refuse_dealt_out(trainer: Trainer, callback: Callback) -> None:
+    """For a callback that reads all layers of a network, where each process holds a part of them.
+
+    Raises:
+        MisconfigurationException: If layers are dealt out among processes.
+    """
+    if isinstance(trainer.strategy, LayerParallelStrategy):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} reads all layers, which strategy 'altmin_layer_parallel' deals out among "
+            "processes: remove the callback, or use one process or strategy='ddp'"
         )

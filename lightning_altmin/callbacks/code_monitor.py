@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_altmin.altmin import AltMin
-from lightning_altmin.callbacks.altmin_access import altmin_module
+from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_dealt_out
 from lightning_altmin.callbacks.dead_units import alive_units
 from lightning_altmin.callbacks.layer_watch import LayerWatch
 from lightning_altmin.network import CodedNetwork
@@ -61,6 +61,7 @@ class CodeMonitor(LayerWatch):
         """Check the module."""
         if stage == "fit":
             altmin_module(pl_module, self)
+            refuse_dealt_out(trainer, self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for the codes of this batch, if it is to be measured."""

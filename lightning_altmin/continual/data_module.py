@@ -208,9 +208,9 @@ class StreamDataModule(LightningDataModule):
 
     @property
     def _share(self) -> Share:
-        if self.trainer is None:
-            return Share()
-        return Share(self.trainer.global_rank, self.trainer.world_size)
+        # What Lightning gives its own samplers: one replica where every process reads the whole of every batch.
+        dealt = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return Share() if dealt is None else Share(dealt["rank"], dealt["num_replicas"])
 
     def _progress(self) -> TrainerProgress | None:
         return None if self.trainer is None else TrainerProgress(self.trainer)

@@ -115,9 +115,11 @@ class ResumableDataModule(LightningDataModule, ABC):
         return self.make_eval_loader(part)
 
     def _share(self, loader: ResumableLoader) -> None:
-        """Under a Trainer with several processes, each gets its part of every batch."""
-        if self.trainer is not None and self.trainer.world_size > 1:
-            loader.share(self.trainer.global_rank, self.trainer.world_size)
+        """Under a strategy that shares batches among processes, each gets its part of every batch."""
+        # What Lightning gives its own samplers: one replica where every process reads the whole of every batch.
+        dealt = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        if dealt is not None and dealt["num_replicas"] > 1:
+            loader.share(dealt["rank"], dealt["num_replicas"])
 
     def _existing(self, part: EvaluationPart) -> ResumableLoader:
         loader = self._loader(part)

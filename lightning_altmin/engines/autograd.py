@@ -19,7 +19,8 @@ class _State:
     """What a batch fixed in the stage: BatchNorm statistics, and the random state before encode if encode used it."""
 
     statistics: batch_norm_state.Statistics
-    random: list[Tensor] | None
+    random: list[tuple[int, list[Tensor]]] | None
+    """Where random numbers are drawn: sizes of the parts that were encoded, with the random state before each."""
 
 
 class AutogradMap(StageMap):
@@ -104,7 +105,13 @@ class AutogradEngine(StageEngine):
                 "needed; use the out-of-place function, or an activation module, whose inplace=True is handled"
             )
         used = any(not torch.equal(a, b) for a, b in zip(before, _random_state(x.device), strict=True))
-        return output, _State(statistics, before if used else None)
+        return output, _State(statistics, [(x.shape[0], before)] if used else None)
+
+    def joined(self, states: Sequence[BatchState]) -> BatchState:
+        if len(states) > 1 and any(state.statistics for state in states):
+            raise ValueError("a BatchNorm in training mode normalises by the whole batch, which was encoded in parts")
+        drawn = [part for state in states for part in state.random or ()]
+        return _State(states[0].statistics, drawn or None)
 
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
         return self._map(
@@ -116,10 +123,17 @@ class AutogradEngine(StageEngine):
 
     def _map(self, x: Tensor, state: _State, norms: Callable[[], AbstractContextManager[None]]) -> StageMap:
         def evaluate(inputs: Tensor) -> Tensor:
-            with norms(), _replayed(state.random, inputs.device), batch_norm_state.unchanged(self._stateful):
-                return self._run(inputs)
+            with norms(), batch_norm_state.unchanged(self._stateful):
+                return self._run(inputs) if state.random is None else self._replay(inputs, state.random)
 
         return AutogradMap(evaluate, x, self._modules)
+
+    def _replay(self, x: Tensor, parts: list[tuple[int, list[Tensor]]]) -> Tensor:
+        outputs = []
+        for part, (_, states) in zip(torch.split(x, [size for size, _ in parts]), parts, strict=True):
+            with _replayed(states, x.device):
+                outputs.append(self._run(part))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _run(self, x: Tensor) -> Tensor:
         if self._inplace:  # an in-place activation would overwrite the code it is given
@@ -137,11 +151,8 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 
 @contextmanager
-def _replayed(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
+def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """Run from the given random state, then put back the one that was there."""
-    if states is None:
-        yield
-        return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.set_rng_state(states[0])
         if device.type == "cuda":

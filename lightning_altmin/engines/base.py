@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -80,6 +81,16 @@ class StageEngine(ABC):
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
         """Training-time forward pass of the stage, without a graph."""
+
+    def joined(self, states: Sequence[BatchState]) -> BatchState:
+        """The state of a batch that was encoded in parts, from theirs in order.
+
+        Raises:
+            ValueError: If a state of parts does not make one of the whole.
+        """
+        if len(states) == 1:
+            return states[0]
+        raise ValueError(f"{type(self).__name__} does not define joined, so that a batch cannot be encoded in parts")
 
     @abstractmethod
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:

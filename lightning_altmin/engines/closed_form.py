@@ -32,6 +32,9 @@ class ClosedFormEngine(StageEngine):
             states.append(state)
         return x, states
 
+    def joined(self, states: Sequence[BatchState]) -> BatchState:
+        return [rule.joined(parts) for rule, parts in zip(self._fixed, zip(*states, strict=True), strict=True)]
+
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
         return _chain(self._fixed, x, state, move)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class DropoutRule(Rule):
         # work in place overwrites the ones, not x.
         mask = self.module(torch.ones_like(x))
         return x * mask, mask
+
+    def joined(self, states: Sequence[Any]) -> Any:
+        return None if states[0] is None else torch.cat(list(states))
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return (x if state is None else x * state), None

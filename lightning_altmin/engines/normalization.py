@@ -6,6 +6,7 @@ are updated once per batch, in encode.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,11 @@ class FixedBatchNormRule(Rule):
             x, norm.weight, norm.bias, running_mean, running_var, True, momentum, norm.eps
         )
         return y, _Statistics(mean, inverse_deviation, x)
+
+    def joined(self, states: Sequence[Any]) -> Any:
+        if len(states) > 1 and states[0].from_batch:
+            raise ValueError("a BatchNorm in training mode normalises by the whole batch, which was encoded in parts")
+        return states[0]
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         scale, shift = self._affine(state)

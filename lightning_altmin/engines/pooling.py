@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class MaxPool2dRule(Rule):
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         y, positions = self._maxima(x)
         return y, (x, y, positions)
+
+    def joined(self, states: Sequence[Any]) -> Any:
+        return states[0] if len(states) == 1 else None  # found again at the whole batch
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         if state is not None and state[0] is x:
@@ -70,6 +74,9 @@ class TiledMaxPool2dRule(Rule):
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         y = self._pooled(x)
         return y, (x, y)
+
+    def joined(self, states: Sequence[Any]) -> Any:
+        return states[0] if len(states) == 1 else None  # found again at the whole batch
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return (state[1] if state is not None and state[0] is x else self._pooled(x)), None

@@ -26,6 +26,19 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """Training-time forward; returns the output and what this batch fixes (``None`` if nothing)."""
         return self.forward(x, None)[0], None
 
+    def joined(self, states: Sequence[Any]) -> Any:
+        """The state of a batch that was encoded in parts, from theirs in order.
+
+        Raises:
+            ValueError: If there are states, and the rule does not say how to join them.
+        """
+        if len(states) == 1 or all(state is None for state in states):
+            return states[0]
+        raise ValueError(
+            f"{type(self).__name__} fixes something per batch and does not define joined(states), so that a batch "
+            "cannot be encoded in parts: define it, or use micro_batches=1"
+        )
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Output given the batch's state, and whatever the derivatives want to keep of the computation."""
         raise TypeError(f"{type(self).__name__} must define forward")

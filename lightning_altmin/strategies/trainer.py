@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import (
 
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies.data_parallel import DataParallel
+from lightning_altmin.strategies.layer_parallel_strategy import LayerParallelStrategy
 
 _WHOLE = "the closed forms of a layer's local problem read and write its parameters whole, outside the layer's forward"
 _REASONS: dict[type[Any], str] = {
@@ -27,8 +28,8 @@ _ADVICE = "use strategy='ddp', which averages the local gradients"
 
 
 def processes_of(trainer: Trainer) -> Processes:
-    """The processes of a run, its group being set up."""
-    return DataParallel() if trainer.world_size > 1 else Processes()
+    """Who shares a batch in a run, its group being set up."""
+    return DataParallel() if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1 else Processes()
 
 
 def refuse_strategy(trainer: Trainer) -> None:
@@ -42,7 +43,7 @@ def refuse_strategy(trainer: Trainer) -> None:
     for kind, reason in _REASONS.items():
         if isinstance(strategy, kind):
             raise MisconfigurationException(f"strategy {name} cannot train an AltMinModule: {reason}; {_ADVICE}")
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | LayerParallelStrategy):
         raise MisconfigurationException(
             f"strategy {name} is not known to AltMinModule, which has to average local gradients itself; {_ADVICE}"
         )

@@ -183,6 +183,10 @@ class WeightSolver(nn.Module, ABC):
         """Which codes the weight step of this stage reads."""
         return self.inputs
 
+    def kept_for(self, stage: Stage) -> Sequence[nn.Module]:
+        """Modules whose buffers hold what is kept for this stage alone: only the process that owns it needs them."""
+        return ()
+
     def measured(self) -> Sequence[Tensor]:
         """What was measured in this batch as sums over its samples, for several processes to add up.
 

@@ -70,6 +70,9 @@ class LayerwiseWeights(WeightSolver):
             raise ValueError("network has no trainable parameter")
         return LayerwiseOptimizer(_flat(children))
 
+    def kept_for(self, stage: Stage) -> Sequence[nn.Module]:
+        return self._solver(stage).kept_for(stage)
+
     def gradients(self, problem: WeightProblem) -> Gradients:
         return self._solver(problem.stage).gradients(problem)
 

@@ -155,6 +155,10 @@ class CoactivationMemory(WeightSolver):
             children |= {f"others/{name}" if name != "others" else name: child for name, child in inner.items()}
         return LayerwiseOptimizer(children)
 
+    def kept_for(self, stage: Stage) -> Sequence[nn.Module]:
+        memory = self._memories.get(stage.name)
+        return () if memory is None else (memory.statistics,)
+
     def gradients(self, problem: WeightProblem) -> Gradients:
         memory = self._memories.get(problem.stage.name)
         if memory is None:
