@@ -6,6 +6,7 @@ from lightning_altmin.baselines import BackpropModule
 from lightning_altmin.codes import (
     CodeSolver,
     CurvatureCodes,
+    DiscreteCodes,
     GradientCodes,
     LeastSquaresCodes,
     LineSearchCodes,
@@ -26,6 +27,7 @@ __all__ = [
     "CodeSolver",
     "CodedNetwork",
     "CurvatureCodes",
+    "DiscreteCodes",
     "GradientCodes",
     "LayerwiseWeights",
     "LeastSquaresCodes",

@@ -114,7 +114,7 @@ def _residuals(core: AltMin, network: CodedNetwork, step: Step) -> list[Tensor]:
     residuals = []
     for stage, problem in zip(network.stages, core.weight_problems(step), strict=True):
         if problem.move is not None:
-            residual = stage.live(problem.input, problem.state).output() - problem.target
+            residual = stage.live(problem.input, problem.state).output() - problem.forward_output - problem.move
             residuals.append(residual.square().sum() / residual.shape[0])
     return residuals
 

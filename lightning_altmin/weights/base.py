@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_altmin.engines import BatchState, Gradients, StageMap
 from lightning_altmin.losses import LossAt
+from lightning_altmin.margins import MarginLoss
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.processes import Processes
@@ -40,6 +41,8 @@ class WeightProblem:
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
             coupling's gradient is divided by it. A positive factor leaves the coupling's minimum where it is; this one
             keeps the gradient's size from following the code solver's step lengths. `None` with several weight steps.
+        margins: How the stage's code is judged where its code solver has said so: it takes the place of the squared
+            distance to the moved code.
         processes: Who else has samples of this batch.
         number: Number of the batch, counted from 0 since training began.
     """
@@ -54,6 +57,7 @@ class WeightProblem:
     input_move: Tensor | None
     loss: LossAt
     signal: Tensor | None = None
+    margins: MarginLoss | None = None
     processes: Processes = field(default_factory=Processes)
     passing: bool = False
     """Whether `last_gradients` may let go of the tensors above as soon as it is done with them."""
@@ -75,10 +79,15 @@ class WeightProblem:
         """The stage's moved code, shape ``(batch, *code)``; the output stage has none.
 
         Raises:
-            ValueError: If this is the output stage's problem.
+            ValueError: If this is the output stage's problem, or the code is judged by its margins.
         """
         if self.move is None:
             raise ValueError("the output stage has no code: its target is the loss's")
+        if self.margins is not None:
+            raise ValueError(
+                f"stage {self.stage.name!r} has no target, a staircase reads its code: it is judged by margins, which "
+                "only solvers that go by gradients can use, such as LocalGradient()"
+            )
         return self.forward_output + self.move
 
     def gradients(self) -> Gradients:
@@ -129,7 +138,11 @@ class WeightProblem:
             self.residual = self.live.output() - self.forward_output - self.move
         else:
             self.residual = self.live.change(self.forward_input, self.forward_output, self.input_move) - self.move
-        gradient = self.objective.weight_coupling_gradient(self.residual)
+        if self.margins is None:
+            gradient = self.objective.weight_coupling_gradient(self.residual)
+        else:
+            output = self.forward_output if self.known else self.live.output()
+            gradient = self.margins.gradient(output).div_(output.shape[0])
         if self.signal is None:
             return gradient
         return gradient / self.signal if gradient is self.residual else gradient.div_(self.signal)
@@ -156,6 +169,14 @@ class WeightSolver(nn.Module, ABC):
     steps: int = 1
     sets_weights: bool = False
     traceable: bool = True
+
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+        """Called once with what it will be asked to solve; a solver that cannot do it refuses here.
+
+        Raises:
+            ValueError: If a stage or a term of the objective cannot be served, naming it.
+        """
+        return
 
     def inputs_of(self, stage: Stage) -> Inputs:
         """Which codes the weight step of this stage reads."""
