@@ -121,7 +121,7 @@ class LossAt:
             Shape ``(batch, rows)``.
         """
         batch, here, changes = len(self.output), self.values().unsqueeze(1), []
-        for rows in moves.split(max(1, _ROWS // batch)):
+        for rows in torch.split(moves, max(1, _ROWS // batch)):
             moved = (self.output.unsqueeze(1) + rows).flatten(0, 1)
             values = self.loss.values(moved, self.target.repeat_interleave(len(rows), 0))
             changes.append(values.view(batch, len(rows)) - here)

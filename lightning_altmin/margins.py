@@ -18,9 +18,9 @@ class MarginLoss:
 
     ``up_j`` is by how much the objective rises if unit j alone moves one level up, ``down_j`` one level down; a
     negative rise is a decrease. A step from 0 to 1 in place of the ramp would make T the sum of the changes of the
-    units that cross. For a unit with one threshold it is, up to a constant, a margin loss ``w * ramp(t (c - threshold))``:
-    the wanted side is the sign ``t``, the weight ``w`` what being on it is worth, and the ramp the hinge cut off at the
-    far side, beyond which a sample no longer pulls (a unit that is far away there is needed by other samples).
+    units that cross. For a unit with one threshold it is, up to a constant, a margin loss of ``t (c - threshold)``
+    with weight ``w``: the sign ``t`` is the wanted side, ``w`` what being on it is worth, and the ramp is the hinge cut
+    off at the far side, beyond which a sample no longer pulls (other samples need a unit that is far away there).
 
     The ramp's slope is a derivative with respect to the layer's own output; none is taken of the staircase.
 

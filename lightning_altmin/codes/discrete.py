@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 from lightning_altmin.codes.curvature import CurvatureCodes
-from lightning_altmin.engines import ClosedFormEngine, StageEngine, has_closed_form, stage_engine
+from lightning_altmin.engines import StageEngine, has_closed_form, stage_engine
 from lightning_altmin.losses import CallableLoss, LocalLoss
 from lightning_altmin.margins import MarginLoss
 from lightning_altmin.network import Stage
@@ -49,9 +49,7 @@ class DiscreteCodes(CodeSolver):
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(
-        self, flips: int = 16, rounds: int = 1, margin: float = 1.0, smooth: CodeSolver | None = None
-    ) -> None:
+    def __init__(self, flips: int = 16, rounds: int = 1, margin: float = 1.0, smooth: CodeSolver | None = None) -> None:
         super().__init__()
         for name, value, least in (("flips", flips, 0), ("rounds", rounds, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -74,7 +72,9 @@ class DiscreteCodes(CodeSolver):
         """
         found = [any(isinstance(m, Staircase) for m in stage.modules) for stage in stages]
         if not any(found):
-            raise ValueError("codes=DiscreteCodes found no staircase (Sign, Step, ...) in the network; use CurvatureCodes()")
+            raise ValueError(
+                "codes=DiscreteCodes found no staircase (Sign, Step, ...) in the network; use CurvatureCodes()"
+            )
         if not (objective.per_sample and objective.couples_by_squares) or objective.lambda_c > 0:
             raise ValueError(
                 f"codes=DiscreteCodes needs AltMinObjective with lambda_c=0, got {type(objective).__name__}"

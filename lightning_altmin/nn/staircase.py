@@ -31,8 +31,9 @@ class Staircase(nn.Module):
         super().__init__()
         for name, number in (("low", low), ("rise", rise), ("first", first), ("gap", gap)):
             if not math.isfinite(number) or (name in ("rise", "gap") and number <= 0):
-                raise ValueError(f"{name} must be a {'positive' if name in ('rise', 'gap') else 'finite'} number, "
-                                 f"got {number}")
+                raise ValueError(
+                    f"{name} must be a {'positive' if name in ('rise', 'gap') else 'finite'} number, got {number}"
+                )
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be an integer >= 1, got {steps}")
         self.low, self.rise, self.first, self.gap, self.steps = low, rise, first, gap, steps
