@@ -103,8 +103,8 @@ def official(**schedule: Any) -> LightningModule:
 
 
 METHODS: dict[str, Callable[..., LightningModule]] = {
-    "discrete codes": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=1.0),
-    "discrete codes, moved": functools.partial(discrete, Sign, lr=0.002, flips=4, mu=0.01),
+    "discrete codes": functools.partial(discrete, Sign, lr=0.002, flips=4, mu=0.05),
+    "discrete codes, flips=0": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=0.05),
     "straight-through backprop": functools.partial(backprop, StraightThroughSign, lr=0.002),
     "official recipe": official,
     "tanh backprop": functools.partial(backprop, nn.Tanh, lr=0.002),
@@ -115,8 +115,8 @@ METHODS: dict[str, Callable[..., LightningModule]] = {
 TUNED = {
     "straight-through backprop": [{"lr": lr} for lr in (0.001, 0.002, 0.004)],
     "tanh backprop": [{"lr": lr} for lr in (0.001, 0.002)],
-    "discrete codes": [{"lr": lr} for lr in (0.001, 0.002, 0.004)],
-    "discrete codes, moved": [{"flips": f, "mu": mu} for f in (4, 16) for mu in (0.01, 0.1)],
+    "discrete codes": [{"flips": f, "mu": mu} for f in (4, 16) for mu in (0.01, 0.05, 0.1)],
+    "discrete codes, flips=0": [{"lr": lr} for lr in (0.001, 0.002, 0.004)],
 }
 
 

@@ -16,7 +16,13 @@ from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.step import Step
-from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, LocalGradient, WeightSolver
+from lightning_altmin.weights import (
+    CoactivationMemory,
+    LayerwiseWeights,
+    LocalGradient,
+    ProximalWeights,
+    WeightSolver,
+)
 
 __all__ = [
     "AltMin",
@@ -34,6 +40,7 @@ __all__ = [
     "LineSearchCodes",
     "LocalGradient",
     "ProximalCodes",
+    "ProximalWeights",
     "Step",
     "WeightSolver",
     "__version__",

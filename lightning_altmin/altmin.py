@@ -163,6 +163,7 @@ class AltMin(nn.Module):
             moves=[code.new_zeros(()).expand_as(code) for code in encoding.codes],  # not moved yet, no memory
             _signals=[None] * self.coded.depth,
             _margins=[None] * self.coded.depth,
+            code_steps=[None] * self.coded.depth,
             _loss_at=loss_at,
             _states=encoding.states,
             _keep=keep_codes,
@@ -189,6 +190,7 @@ class AltMin(nn.Module):
                 signal = problem.rate if signal is None else problem.rate * signal
             step._signals[level] = signal
             step._margins[level] = problem.margins
+            step.code_steps[level] = problem.steps
             del problem  # which holds the code above
             if frees:
                 gradients += self._passing_gradients(step, level + 1)

@@ -37,6 +37,8 @@ class Step:
     moves: list[Tensor]
     _loss_at: LossAt = field(repr=False)
     residuals: list[Tensor] = field(default_factory=list)
+    code_steps: list[Tensor | None] = field(default_factory=list)
+    """Per code, how many steps a sample took on average, a scalar; `None` where the code solver's number is fixed."""
     number: int = 0
     """Number of the batch, counted from 0 since training began."""
     _signals: list[Tensor | None] = field(default_factory=list, repr=False)

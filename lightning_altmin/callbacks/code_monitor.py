@@ -32,6 +32,9 @@ class CodeMonitor(LayerWatch):
     - ``codes/<layer>/dead_units``: share of units whose activation has no slope at any sample of the batch, at the
       forward codes (see `dead_share`); not logged for a layer that is not read by an elementwise activation of torch;
 
+    - ``codes/<layer>/steps``: how many steps a sample's code took, averaged over the batch; logged for code solvers
+      that stop by themselves (``GradientCodes(tol=...)``).
+
     And for the network ``codes/objective_before`` and ``codes/objective_after``: the objective J of one sample,
     averaged over the batch, before and after the code step, at the weights before the weight step. Under the reference
     objective it is that objective's own value, which is a mean already.
@@ -101,6 +104,8 @@ class CodeMonitor(LayerWatch):
             values[f"{group}/displacement"] = move.norm() / forward.norm()
             values[f"{group}/residual_before"] = residuals_before[index]
             values[f"{group}/residual_after"] = residuals_after[index]
+            if (steps := step.code_steps[index]) is not None:
+                values[f"{group}/steps"] = steps
             dead = dead_share(layer, above, forward, self.dead_slope)
             if dead is not None:
                 values[f"{group}/dead_units"] = dead

@@ -39,6 +39,7 @@ class CodeProblem:
             l1 term is scaled by it, to keep its weight against a signal that has become smaller.
         rate: Set by a solver whose step lengths vary from batch to batch: the share of a plain step of rate 1 that it
             took, a scalar. The weight step divides by these shares; see `WeightProblem.signal`.
+        steps: Set by a solver that stops by itself: how many steps a sample took, averaged over the batch, a scalar.
         target_margins: How the code above is judged where its solver has said so: it takes the place of the squared
             distance to the moved code.
         margins: Set by a solver whose code is to be judged in this way, by its layer's weight step and by the code
@@ -56,6 +57,7 @@ class CodeProblem:
     measures: bool
     signal: Tensor | None = None
     rate: Tensor | None = None
+    steps: Tensor | None = None
     target_margins: MarginLoss | None = None
     margins: MarginLoss | None = None
     _coupling: CouplingGradient | None = field(default=None, repr=False)

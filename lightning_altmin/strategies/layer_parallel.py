@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.altmin import AltMin
-from lightning_altmin.codes import CodeProblem
+from lightning_altmin.codes import CodeProblem, DiscreteCodes
 from lightning_altmin.engines import BatchState, Gradients
 from lightning_altmin.guard import Buffers, is_bad
 from lightning_altmin.losses import LossAt
@@ -314,6 +314,8 @@ def _refuse_unsupported(core: AltMin, world: int) -> None:
         raise ValueError(f"LayerParallel takes one weight step per batch, weights.steps is {core.weights.steps}")
     if core._compiled is not None:
         raise ValueError("LayerParallel runs the phases of a batch on several processes: use compile=False")
+    if isinstance(core.codes, DiscreteCodes):
+        raise ValueError("LayerParallel hands down moves and shares, not the margins of codes=DiscreteCodes")
     if not core.objective.per_sample:
         raise ValueError(f"{type(core.objective).__name__} depends on the size of a batch, which LayerParallel cuts up")
     if world > len(core.coded.stages):

@@ -96,11 +96,15 @@ class WeightProblem:
 
     def last_gradients(self) -> Gradients:
         """The same where nothing will be asked of this problem afterwards: its tensors are freed on the way."""
+        return self._with_sparsity(self.last_smooth_gradients())
+
+    def last_smooth_gradients(self) -> Gradients:
+        """`last_gradients` without the l1 term."""
         stage, output_gradient = self.live, self.output_gradient
         if self.passing:
             del self.input, self.forward_output, self.move, self.forward_input, self.input_move, self.residual
             self._live = self._output_gradient = None
-        return self._with_sparsity(stage.parameter_gradients(output_gradient))
+        return stage.parameter_gradients(output_gradient)
 
     def _with_sparsity(self, gradients: Gradients) -> Gradients:
         if self.objective.lambda_w > 0:

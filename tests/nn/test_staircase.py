@@ -110,4 +110,6 @@ def test_integers_predict_what_exact_arithmetic_does(activation: type[nn.Module]
         assert predicted == max(range(4), key=lambda k: x[k])
     weights = integer.rounded[1].weight.detach()
     assert len(weights.unique()) <= 63
-    assert float((weights - network[1].weight.detach()).abs().max()) <= float(network[1].weight.detach().abs().max()) / 31
+    assert (
+        float((weights - network[1].weight.detach()).abs().max()) <= float(network[1].weight.detach().abs().max()) / 31
+    )
