@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -78,8 +79,9 @@ class ProximalAdam(_Proximal, Adam):
     def _rate(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | float:
         state = self.state[parameter]
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        correction = 1 - group["betas"][1] ** state["step"]
-        scale: Tensor = (second / correction).sqrt_().add_(group["eps"])
+        # 1 - beta ** step; a step in single precision would lose digits of it
+        correction = -torch.expm1(state["step"].double() * math.log(group["betas"][1]))
+        scale: Tensor = (second / correction.to(second.dtype)).sqrt_().add_(group["eps"])
         return group["lr"] / scale
 
 

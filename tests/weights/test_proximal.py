@@ -69,7 +69,7 @@ def test_a_step_of_sgd_is_ista() -> None:
 def test_steps_of_adam_are_thresholded_in_its_metric(settings: dict[str, Any]) -> None:
     """Catches a threshold without Adam's denominator, its bias correction, or with that of the step before."""
     network, x, y = problem()
-    mine = core_of(network, ProximalWeights(lambda p: ProximalAdam(p, lr=0.01, **settings)))
+    mine = core_of(network, ProximalWeights(lambda p: ProximalAdam(p, lr=0.01, **settings)), lambda_w=0.3)
     weights = [p.detach().clone() for p in network.parameters()]
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
     largest = [torch.zeros_like(w) for w in weights]
@@ -82,7 +82,7 @@ def test_steps_of_adam_are_thresholded_in_its_metric(settings: dict[str, Any]) -
             largest[i] = torch.maximum(largest[i], second[i])
             root = ((largest if "amsgrad" in settings else second)[i] / (1 - 0.999**t)).sqrt() + 1e-8
             stepped = weights[i] - 0.01 * first[i] / (1 - 0.9**t) / root
-            weights[i] = soft(stepped, 0.01 * LAMBDA / root) if stepped.dim() > 1 else stepped
+            weights[i] = soft(stepped, 0.01 * 0.3 / root) if stepped.dim() > 1 else stepped
         for w, p in zip(weights, network.parameters(), strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-12)
     assert any(bool((w == 0).any()) for w in weights)
@@ -106,9 +106,10 @@ def test_it_ends_at_the_lasso_solution(make: Any) -> None:
     )
     for _ in range(3000):
         core.step(x, y)
-    weight: Any = network[2].weight
-    features = network[1](network[0](x))
-    g = 2 * (network[2](features) - y).t() @ features / y.numel()
+    with torch.no_grad():
+        weight = network[2].weight.clone()
+        features = network[1](network[0](x))
+        g = 2 * (network[2](features) - y).t() @ features / y.numel()
     zero = weight == 0
     assert 0.1 < float(zero.double().mean()) < 0.95
     assert float(g[zero].abs().max()) <= 0.05 + 1e-4
@@ -122,8 +123,8 @@ def test_it_joins_solvers_by_layer_and_an_optimizer_by_layer() -> None:
     by_layer = {"0": lambda p: ProximalSGD(p, lr=0.1), "default": lambda p: ProximalAdam(p, lr=0.01)}
     core = core_of(network, LayerwiseWeights({"2": LocalGradient(), "default": ProximalWeights(by_layer)}), huge)
     core.step(x, y)
-    assert float(network[0].weight.abs().max()) == float(network[4].weight.abs().max()) == 0.0
-    assert float(network[2].weight.abs().min()) > 0.0
+    assert all(bool((network[index].weight == 0).all()) for index in (0, 4))
+    assert bool((network[2].weight != 0).all())
 
 
 def test_a_bad_batch_changes_nothing() -> None:
