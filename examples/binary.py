@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import functools
 import statistics
 import warnings
@@ -33,7 +34,9 @@ from lightning_altmin import (
     GradientCodes,
     LocalGradient,
 )
+from lightning_altmin.codes import CodeProblem
 from lightning_altmin.data import VisionDataModule
+from lightning_altmin.margins import MarginLoss
 from lightning_altmin.nn import MLP, HardThreshold, Quantise, Sign, Step
 from lightning_altmin.nn.integer import IntegerNetwork
 
@@ -68,10 +71,17 @@ class StraightThroughSign(nn.Module):
         return y
 
 
-def discrete(activation: type[nn.Module], lr: float, flips: int, mu: float, **schedule: Any) -> LightningModule:
+def discrete(
+    activation: type[nn.Module],
+    lr: float,
+    flips: int,
+    mu: float,
+    codes: type[DiscreteCodes] = DiscreteCodes,
+    **schedule: Any,
+) -> LightningModule:
     return AltMinModule(
         MLP(784, [500, 500], 10, activation=activation),
-        codes=DiscreteCodes(flips=flips),
+        codes=codes(flips=flips),
         weights=LocalGradient(functools.partial(torch.optim.Adam, lr=lr, fused=True)),
         objective=AltMinObjective(mu=mu),
         **schedule,
@@ -102,9 +112,31 @@ def official(**schedule: Any) -> LightningModule:
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class HingeLoss(MarginLoss):
+    """The ramp without its end on the far side: a unit is pulled from however far away it is."""
+
+    def gradient(self, code: Tensor) -> Tensor:
+        above, below = code - self.above, self.below - code
+        rising = torch.where(torch.where(self.up < 0, above, -above) < self.margin, self.up, 0)
+        falling = torch.where(torch.where(self.down < 0, below, -below) < self.margin, self.down, 0)
+        return (rising - falling) / (2 * self.margin)
+
+
+class HingeCodes(DiscreteCodes):
+    """DiscreteCodes with hinges, to see what the ramp is good for."""
+
+    def solve(self, problem: CodeProblem) -> Tensor:
+        move = super().solve(problem)
+        assert problem.margins is not None
+        problem.margins = HingeLoss(**vars(problem.margins))
+        return move
+
+
 METHODS: dict[str, Callable[..., LightningModule]] = {
     "discrete codes": functools.partial(discrete, Sign, lr=0.002, flips=4, mu=0.05),
     "discrete codes, flips=0": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=0.05),
+    "hinge, flips=0": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=0.05, codes=HingeCodes),
     "straight-through backprop": functools.partial(backprop, StraightThroughSign, lr=0.002),
     "official recipe": official,
     "tanh backprop": functools.partial(backprop, nn.Tanh, lr=0.002),
