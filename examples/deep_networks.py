@@ -49,7 +49,7 @@ TASKS = {
     "relu20": Task("relu", 20, 10, damping=0.1, weight=0.1, mu=1.0, lr=0.001),
     "tanh20": Task("tanh", 20, 10, damping=1.0, weight=0.1, mu=1.0, lr=0.001),
 }
-METHODS = ("least squares", "backprop, Adam", "backprop, SGD")
+METHODS = ("least squares", "curvature", "backprop, Adam", "backprop, SGD")
 
 
 class EpochClock(Callback):
@@ -81,6 +81,8 @@ def make_module(task: Task, method: str, steps: int) -> LightningModule:
         return BackpropModule(network, optimizer=adam, **schedule)
     if method == "backprop, SGD":
         return BackpropModule(network, optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), **schedule)
+    if method == "curvature":  # the default code step, which multiplies by the same factors as backprop
+        return AltMinModule(network, weights=LocalGradient(adam), **schedule)
     return AltMinModule(
         network,
         codes=LeastSquaresCodes(task.damping, task.weight),

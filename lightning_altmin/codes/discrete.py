@@ -39,7 +39,9 @@ class DiscreteCodes(CodeSolver):
     Codes read by anything else are moved by ``smooth``.
 
     Args:
-        flips: Largest number of units that a round moves per sample, >= 0; 0 leaves codes where they are.
+        flips: Largest number of units that a round moves per sample, >= 0; 0 leaves codes where they are. A moved
+            pattern is what the weight step of the layer above reads, and it is then trained on patterns that the layer
+            below does not give yet: more flips lower the problem and have cost accuracy where it was measured.
         rounds: Rounds of the search, each from where the last one ended, >= 1.
         margin: Half-width of the ramp around each threshold, in units of the code, > 0. Units that cross are moved this
             far beyond the threshold (at most half way to the next one).
@@ -49,7 +51,7 @@ class DiscreteCodes(CodeSolver):
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, flips: int = 16, rounds: int = 1, margin: float = 1.0, smooth: CodeSolver | None = None) -> None:
+    def __init__(self, flips: int = 0, rounds: int = 1, margin: float = 1.0, smooth: CodeSolver | None = None) -> None:
         super().__init__()
         for name, value, least in (("flips", flips, 0), ("rounds", rounds, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -129,7 +129,7 @@ def total(problem: CodeProblem, level: Tensor, margin: float) -> Tensor:
 @pytest.mark.parametrize("make", STAIRCASES.values(), ids=STAIRCASES)
 def test_top_crossings_are_worth_what_brute_force_says(make: Any, loss: Any) -> None:
     """Catches a first-order change in place of the exact one, a wrong size of a step, and a level beyond the ends."""
-    _, _, problems = solved(network(make), DiscreteCodes(), loss=loss)
+    _, _, problems = solved(network(make), DiscreteCodes(flips=16), loss=loss)
     top = problems[0]
     s: Any = top.above.transfer[0]
     level, margins = s.level(top.forward), top.margins
@@ -150,7 +150,7 @@ def test_lower_crossings_are_exact_on_the_straight_part_of_every_ramp(make: Any)
 
     With a wide margin no unit above reaches the end of its ramp, and the first-order change is the change.
     """
-    _, _, problems = solved(network(make), DiscreteCodes(margin=50.0))
+    _, _, problems = solved(network(make), DiscreteCodes(flips=16, margin=50.0))
     lower = problems[1]
     s: Any = lower.above.transfer[0]
     level, margins = s.level(lower.forward), lower.margins
@@ -324,7 +324,7 @@ def test_it_mixes_with_smooth_layers(order: tuple[type[nn.Module], ...]) -> None
     for make in order:
         layers += [nn.Linear(5, 5), make()]
     module = nn.Sequential(*layers, nn.Linear(5, 3)).double()
-    codes = DiscreteCodes(smooth=GradientCodes(3, 0.05))
+    codes = DiscreteCodes(flips=16, smooth=GradientCodes(3, 0.05))
     core, step, problems = solved(module, codes, mu=0.5)
     for problem in problems:
         with torch.no_grad():
@@ -474,7 +474,7 @@ def test_a_batch_whose_codes_are_not_kept_trains_the_same() -> None:
     results = []
     for keep in (True, False):
         torch.manual_seed(0)
-        core = AltMin(network(), nn.CrossEntropyLoss(), AltMinObjective(mu=0.01), DiscreteCodes(), LocalGradient(sgd))
+        core = AltMin(network(), nn.CrossEntropyLoss(), AltMinObjective(mu=0.01), DiscreteCodes(flips=16), LocalGradient(sgd))
         for seed in range(4):
             core.step(*data(seed), keep_codes=keep)
         results.append([p.detach().clone() for p in core.network.parameters()])
