@@ -1,4 +1,4 @@
-"""Very deep networks without skip connections: least-squares codes beside backprop, on MNIST.
+"""Very deep networks without skip connections: least-squares and curvature codes beside backprop, on MNIST.
 
     python examples/deep_networks.py --root data --network sigmoid8
     python examples/deep_networks.py --table
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
@@ -33,7 +34,7 @@ COLUMNS = ("network", "method", "seed", "epoch", "val_accuracy", "seconds", "tes
 
 @dataclass(frozen=True)
 class Task:
-    """A network, how long it trains, and the settings of the least-squares codes for it."""
+    """A network, how long it trains, the settings of the least-squares codes for it, and Adam's rate for all."""
 
     activation: str
     depth: int
@@ -149,15 +150,42 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def plot() -> None:
+    """Validation accuracy over epochs, the mean of the seeds."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in TASKS if any(row["network"] == name for row in rows)]
+    figure, panels = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        for method in METHODS:
+            by_epoch: dict[int, list[float]] = {}
+            for row in rows:
+                if row["network"] == name and row["method"] == method:
+                    by_epoch.setdefault(int(row["epoch"]), []).append(100 * float(row["val_accuracy"]))
+            if by_epoch:
+                means = [statistics.mean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
+                axes.plot(sorted(by_epoch), means, marker=".", label=method)
+        axes.axhline(90, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=name, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    panels[0][0].set(ylabel="validation accuracy, %")
+    figure.savefig(RESULTS.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--network", choices=TASKS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--table", action="store_true", help="print the table of the rows there are")
+    parser.add_argument("--table", action="store_true", help="print the table of the rows there are, and plot them")
     arguments = parser.parse_args()
     if arguments.table:
+        plot()
         print(table())
         return
     torch.set_num_threads(1)

@@ -145,7 +145,7 @@ def plot() -> None:
         axes.set(xlabel=f"exact zeros among the {of}, %", title=f"l1 term of the {of}")
         axes.grid(alpha=0.3)
         axes.legend()
-    both[0].set(ylabel="test accuracy, %")
+    both[0].set(ylabel="test accuracy, %", ylim=(90, 99))
     figure.savefig(RESULTS.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
 
 

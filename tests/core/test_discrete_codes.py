@@ -474,7 +474,9 @@ def test_a_batch_whose_codes_are_not_kept_trains_the_same() -> None:
     results = []
     for keep in (True, False):
         torch.manual_seed(0)
-        core = AltMin(network(), nn.CrossEntropyLoss(), AltMinObjective(mu=0.01), DiscreteCodes(flips=16), LocalGradient(sgd))
+        core = AltMin(
+            network(), nn.CrossEntropyLoss(), AltMinObjective(mu=0.01), DiscreteCodes(flips=16), LocalGradient(sgd)
+        )
         for seed in range(4):
             core.step(*data(seed), keep_codes=keep)
         results.append([p.detach().clone() for p in core.network.parameters()])
