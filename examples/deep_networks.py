@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import functools
 import statistics
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "deep_networks.csv
 COLUMNS = ("network", "method", "seed", "epoch", "val_accuracy", "seconds", "test_accuracy")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A network, how long it trains, the settings of the least-squares codes for it, and Adam's rate for all."""
 
@@ -93,8 +93,8 @@ def make_module(task: Task, method: str, steps: int) -> LightningModule:
     )
 
 
-def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[tuple[Any, ...]]:
-    """Train once; one row per epoch, the last with the test accuracy."""
+def run(name: str, method: str, seed: int, data: VisionDataModule, test: bool = True) -> list[tuple[Any, ...]]:
+    """Train once; one row per epoch, the last with the test accuracy if the test set is to be asked."""
     task, clock = TASKS[name], EpochClock()
     seed_everything(seed, verbose=False)
     data.setup("fit")
@@ -108,12 +108,14 @@ def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[tuple
     }
     trainer = Trainer(max_epochs=task.epochs, num_sanity_val_steps=0, callbacks=[clock], **quiet)
     trainer.fit(module, datamodule=data)
-    test = trainer.test(module, datamodule=data, verbose=False)[0]["test_acc"]
     rows = [
         (name, method, seed, epoch, f"{accuracy:.4f}", f"{seconds:.1f}", "")
         for epoch, (accuracy, seconds) in enumerate(clock.rows, 1)
     ]
-    return [*rows[:-1], (*rows[-1][:-1], f"{test:.4f}")]
+    if not test:
+        return rows
+    accuracy = trainer.test(module, datamodule=data, verbose=False)[0]["test_acc"]
+    return [*rows[:-1], (*rows[-1][:-1], f"{accuracy:.4f}")]
 
 
 def append(rows: list[tuple[Any, ...]]) -> None:
@@ -182,6 +184,14 @@ def main() -> None:
     parser.add_argument("--network", choices=TASKS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--try",
+        nargs="+",
+        default=[],
+        dest="trial",
+        metavar="SETTING=VALUE",
+        help="other settings of the network (epochs=4 mu=0.1 ...): validation accuracies are printed, not recorded",
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the rows there are, and plot them")
     arguments = parser.parse_args()
     if arguments.table:
@@ -191,10 +201,18 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=1 / 6)
-    for name in [arguments.network] if arguments.network else TASKS:
+    changes = {name: float(value) for name, value in (setting.split("=") for setting in arguments.trial)}
+    if "epochs" in changes:
+        changes["epochs"] = int(changes["epochs"])
+    for name in [arguments.network] if arguments.network else list(TASKS):
+        TASKS[name] = dataclasses.replace(TASKS[name], **changes)
         for seed in arguments.seeds:
             for method in arguments.methods:
-                append(run(name, method, seed, data))
+                rows = run(name, method, seed, data, test=not arguments.trial)
+                if arguments.trial:
+                    print(name, method, seed, arguments.trial, [row[4] for row in rows], flush=True)
+                else:
+                    append(rows)
 
 
 if __name__ == "__main__":

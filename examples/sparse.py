@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "sparse.csv"
 COLUMNS = ("of", "method", "lambda", "seed", "zeros", "val_accuracy", "test_accuracy", "seconds_per_epoch")
 EPOCHS = 5
 WEIGHT_LAMBDAS = (0.0, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 2e-4)
-CODE_LAMBDAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+CODE_LAMBDAS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 STEPS, RATE, MU = 3, 0.1, 1.0  # of the code step
 
 
