@@ -4,15 +4,15 @@
     python examples/memory.py final --suite mlp_100 --root data
     python examples/memory.py sweep --suite lenet --root data
     python examples/memory.py study --suite lenet --root data
-    python examples/memory.py table
-    python examples/memory.py plot
+    python examples/memory_report.py --figure docs/results/memory.svg
 
 `tune` holds out a sixth of the training set and runs backprop with Adam and with SGD (momentum 0.9) at several rates;
 `final` trains on the whole of it and reports the test set after some numbers of mini-batches, backprop with the rate
 that was best *for that number of batches*, AM-mem with its default settings for all of them. `sweep` trains AM-mem at
 the corners and in the middle of the range of its settings, `study` with one of its parts left out or replaced, over
 several seeds; both judge by the samples held out. Every finished run is written at once to
-docs/results/memory.csv, a row per number of batches; a run whose rows exist is not repeated.
+docs/results/memory.csv, a row per number of batches; a run whose rows exist is not repeated. `memory_report.py` makes
+the tables and the figure of the documentation.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import functools
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,9 +55,10 @@ CORNERS = (
     *((1.0, 10.0, 10), (0.1, 0.1, 10), (0.1, 10.0, 10)),
 )
 STUDIED = {
-    "mlp_100": ("", "inputs=moved", "limit=none", "forgetting=0.8", "forgetting=0.99"),
-    "mlp_500": ("", "rank=16", "rank=64", "rank=128"),
-    "lenet": ("", "limit=none", "positions=mean", "inputs=moved", "rank=32"),
+    "mlp_100": ("", "inputs=moved", "limit=inf", "forgetting=0.8", "forgetting=0.99"),
+    "mlp_500": ("", "rank=0", "rank=4", "rank=16", "rank=64"),
+    "wide": ("rank=0", "rank=16", "rank=64", "rank=256", ""),
+    "lenet": ("", "limit=inf", "positions=mean", "inputs=moved", "rank=32"),
     "stream": (
         *(
             f"form=solve{solver} every=5{features} order={order}"
@@ -94,11 +96,12 @@ SUITES = {
     "mlp_100": Suite(functools.partial(MLP, 784, [100, 100], 10), 200, (25, 100, 300), mnist),
     "mlp_500": Suite(functools.partial(MLP, 784, [500, 500], 10), 200, (25, 100, 300), mnist),
     "lenet": Suite(LeNet5, 128, (25, 100, 468), mnist, tune_seeds=2),
+    "wide": Suite(functools.partial(MLP, 784, [5000, 100], 10), 200, (25, 100, 300), mnist),
     "stream": Suite(functools.partial(MLP, 784, [500, 500], 10), 200, (250,), mnist),
-    "cifar10_mlp": Suite(functools.partial(MLP, 3072, [500, 500], 10), 200, (100,), cifar10),
-    "cifar10_conv": Suite(functools.partial(ConvNet, 3, 10, channels=(16, 32, 64)), 128, (100,), cifar10),
+    "cifar10_mlp": Suite(functools.partial(MLP, 3072, [500, 500], 10), 200, (100, 208), cifar10),
+    "cifar10_conv": Suite(functools.partial(ConvNet, 3, 10, channels=(16, 32, 64)), 128, (100, 325), cifar10),
     "cifar10_conv_plain": Suite(
-        functools.partial(ConvNet, 3, 10, channels=(16, 32, 64), batch_norm=False), 128, (100,), cifar10
+        functools.partial(ConvNet, 3, 10, channels=(16, 32, 64), batch_norm=False), 128, (100, 325), cifar10
     ),
 }
 
@@ -154,7 +157,7 @@ def memory(network: nn.Module, setting: str) -> Step:
 
 
 def parsed(setting: str) -> dict[str, Any]:
-    """``"step=0.8 limit=none"`` as arguments of a memory, and what else the setting says."""
+    """``"step=0.8 limit=inf"`` as arguments of a memory, and what else the setting says."""
     values: dict[str, Any] = {}
     for pair in setting.split():
         key, value = pair.split("=")
@@ -164,7 +167,7 @@ def parsed(setting: str) -> dict[str, Any]:
             try:
                 values[key] = float(value)
             except ValueError:
-                values[key] = None if value == "none" else value
+                values[key] = value
     return values
 
 
@@ -275,11 +278,14 @@ def planned(phase: str, name: str, rows: list[Row], seeds: int) -> list[tuple[st
     return [(name, phase, method, setting, seed) for seed in range(seeds) for method, setting in chosen]
 
 
-def execute(phase: str, name: str, root: str, path: Path, seeds: int) -> None:
-    samples = None
+def execute(phase: str, name: str, root: str, path: Path, seeds: int, minutes: float) -> None:
+    samples, start = None, time.monotonic()
     for run in planned(phase, name, read(path), seeds):
         if (*run[:-1], str(run[-1])) in {row.run for row in read(path)}:
             continue
+        if time.monotonic() - start > 60 * minutes:
+            print("more runs are planned: call again")
+            return
         if samples is None:
             samples = Samples(name, root, 0.0 if phase == "final" else 1 / 6)
         rows = train(run, samples)
@@ -287,105 +293,18 @@ def execute(phase: str, name: str, root: str, path: Path, seeds: int) -> None:
         print(*run, *(f"{100 * row.accuracy:.2f}" for row in rows), flush=True)
 
 
-def curves(rows: list[Row], suite: str, method: str) -> dict[int, dict[int, float]]:
-    """Final accuracies in percent by number of batches and seed, backprop at its best rate for that number."""
-    found: dict[int, dict[int, float]] = {}
-    for mark in SUITES[suite].marks:
-        setting = DEFAULT if method == MEMORY else best(rows, suite, method, mark)
-        found[mark] = {
-            r.seed: 100 * r.accuracy
-            for r in rows
-            if (r.suite, r.phase, r.method, r.setting, r.batches) == (suite, "final", method, setting, mark)
-        }
-    return found
-
-
-def table(rows: list[Row]) -> str:
-    """Means over seeds, paired differences with 95 % intervals (t distribution), and the sweeps' extremes."""
-    quantile = {2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 %, degrees of freedom = seeds - 1
-    lines = [
-        "| network | batches | AM-mem % | Adam % (rate) | AM-mem - Adam | SGD % (rate) | AM-mem - SGD |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
-        ours = curves(rows, suite, MEMORY)
-        for mark in SUITES[suite].marks:
-            cells = [f"{suite} | {mark} | {_spread(list(ours[mark].values()))}"]
-            for method in RATES:
-                theirs = curves(rows, suite, method)[mark]
-                difference = [ours[mark][s] - theirs[s] for s in sorted(ours[mark].keys() & theirs.keys())]
-                half = math.nan
-                if len(difference) > 1:
-                    deviation = statistics.stdev(difference)
-                    half = quantile.get(len(difference) - 1, 12.71) * deviation / math.sqrt(len(difference))
-                rate = best(rows, suite, method, mark)
-                cells.append(
-                    f"{_spread(list(theirs.values()))} ({rate}) | {statistics.mean(difference):+.2f} ± {half:.2f}"
-                )
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| network | batches | settings | worst % | its setting | best % | its setting |", "|" + " --- |" * 7]
-    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "sweep"):
-        mark = SUITES[suite].marks[-1]
-        swept = sorted((r for r in rows if (r.suite, r.phase, r.batches) == (suite, "sweep", mark)), key=_accuracy)
-        ends = [f"{100 * r.accuracy:.2f} | {r.setting}" for r in (swept[0], swept[-1])]
-        lines.append(f"| {suite} | {mark} | {len(swept)} | " + " | ".join(ends) + " |")
-    lines += ["", "| network | setting | accuracy % after batches |", "| --- | --- | --- |"]
-    for suite, setting in dict.fromkeys((r.suite, r.setting) for r in rows if r.phase == "study"):
-        studied = [r for r in rows if (r.suite, r.phase, r.setting) == (suite, "study", setting)]
-        at = {mark: [100 * r.accuracy for r in studied if r.batches == mark] for mark in SUITES[suite].marks}
-        cells = [f"{mark}: {_spread(values)}" for mark, values in at.items()]
-        lines.append(f"| {suite} | {setting or 'default'} | {'; '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _accuracy(row: Row) -> float:
-    return row.accuracy
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.2f}"
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
-    from matplotlib import pyplot
-
-    suites = list(dict.fromkeys(r.suite for r in rows if r.phase == "final"))
-    figure, axes = pyplot.subplots(1, len(suites), figsize=(4 * len(suites), 3.2), squeeze=False)
-    for axis, suite in zip(axes[0], suites, strict=True):
-        for method in (MEMORY, *RATES):
-            found = curves(rows, suite, method)
-            means = [statistics.mean(found[mark].values()) for mark in found]
-            spread = [statistics.stdev(found[mark].values()) for mark in found]
-            label = "AM-mem, default settings" if method == MEMORY else f"backprop, {method}, best rate at each point"
-            axis.errorbar(range(len(found)), means, spread, marker="o", capsize=3, label=label)
-        axis.set_xticks(range(len(SUITES[suite].marks)), [str(mark) for mark in SUITES[suite].marks])
-        axis.set(title=suite, xlabel="mini-batches")
-    axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][0].legend(fontsize="x-small", loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("tune", "final", "sweep", "study", "table", "plot"))
+    parser.add_argument("command", choices=("tune", "final", "sweep", "study"))
     parser.add_argument("--suite", choices=tuple(SUITES), default="mlp_100")
     parser.add_argument("--root", default="data", help="folder of MNIST, or of the CIFAR-10 image folders")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so long")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.command == "table":
-        print(table(read(arguments.results)))
-    elif arguments.command == "plot":
-        plot(read(arguments.results), arguments.results.with_suffix(".svg"))
-    else:
-        execute(arguments.command, arguments.suite, arguments.root, arguments.results, arguments.seeds)
+    execute(arguments.command, arguments.suite, arguments.root, arguments.results, arguments.seeds, arguments.minutes)
 
 
 if __name__ == "__main__":

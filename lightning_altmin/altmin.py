@@ -23,7 +23,7 @@ from lightning_altmin.compiled import CompiledBatch
 from lightning_altmin.engines import Gradients
 from lightning_altmin.engines.batch_norm_state import batch_norms
 from lightning_altmin.guard import Buffers, Guard, Policy, buffer_owners, guard_for, is_bad
-from lightning_altmin.losses import CrossEntropy, Loss, local_loss
+from lightning_altmin.losses import CrossEntropy, Loss, LossAt, local_loss
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import check_optimizer, clear_gradients, equal_groups_merged
@@ -200,10 +200,19 @@ class AltMin(nn.Module):
             step._solved = gradients, is_bad(gradients, self._evidence(step))
 
     def _passing_gradients(self, step: Step, level: int) -> Gradients:
-        """One stage's local gradients; the codes above its input are freed on the way."""
+        """One stage's local gradients; the codes above its input are freed on the way, and that one if it can be."""
         problem = self.weight_problem(step, level)
-        problem.passing = True
         del step.codes_forward[level:], step.moves[level:], step._margins[level:], step._states[level:]
+        if self.weights.uses_up:
+            problem.passing = True
+            problem.spends = not self.codes.reads_outputs
+            if level > 0:
+                problem.spends &= not self.coded.stages[level - 1].engine.reads_base_output
+            if level > 0 and problem.spends:
+                # Whoever reads it all the same makes the batch a bad one.
+                step.codes_forward[-1] = step.output.new_full((), torch.nan).expand(step.codes_forward[-1].shape)
+            if level == self.coded.depth:
+                step._loss_at = LossAt(self.local_loss, step.output, step.y)  # without what the old one has computed
         return self.weights.gradients(problem)
 
     @torch.no_grad()
@@ -274,16 +283,16 @@ class AltMin(nn.Module):
             objective=self.objective,
             stage=stage,
             state=step._states[level],
-            input=forward if move is None else forward + move,
+            forward_input=forward,
             forward_output=step.output if stage.is_output else step.codes_forward[level],
             move=None if stage.is_output else step.moves[level],
-            forward_input=forward if inner == 0 else None,
             input_move=move,
             loss=step._loss_at,
             signal=None if stage.is_output else step._signals[level],
             margins=None if stage.is_output else step._margins[level],
             processes=self.processes,
             number=step.number,
+            inner=inner,
         )
 
     # ---------------------------------------------------------------- state

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-altmin fit|validate|test|predict --config run.yaml``."""
+"""The command line: ``lightning-altmin fit|validate|test|predict --config run.yaml``, and ``report RUN_DIR...``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lightning_altmin.callbacks
 import lightning_altmin.data
 import lightning_altmin.nn  # noqa: F401  (imported classes can be named without their module in a YAML file)
+from lightning_altmin import report
 
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
@@ -80,6 +81,10 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments instead of those of the command line.
     """
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["report"]:  # not a Trainer's method: it needs no model
+        report.main(words[1:])
+        return
     # A console script does not see modules of the working directory, where the user's own networks are.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -20,6 +22,9 @@ class ExactResume(LightningModule):
     The state has to be in place where the uninterrupted run drew next: before the iterator of the next epoch is made (a
     torch ``DataLoader`` draws then), or inside an epoch, whose iterator was made long ago, before the next batch is
     asked for. Lightning makes an iterator before ``on_train_start`` in any case, and uses it or throws it away.
+
+    Each of several processes has generators of its own, and a checkpoint holds those of all. Where it is resumed by
+    another number of processes they take them in turn.
 
     Validation leaves the random state as it found it, so that it does not matter whether a resumed run repeats one.
     """
@@ -41,7 +46,8 @@ class ExactResume(LightningModule):
             return
         loop: Any = self.trainer.fit_loop
         _report_skipped_validation(loop.epoch_loop.val_loop)
-        set_random_state(saved["generators"])
+        generators = saved["generators"]
+        set_random_state(generators[self.trainer.global_rank % len(generators)])
         if not loop.restarting or saved["epoch"] == "closing":
             iter(loop._data_fetcher)  # the next batch is the first of an epoch, and comes from the iterator made so far
         elif saved["epoch"] == "ended":
@@ -63,15 +69,29 @@ class ExactResume(LightningModule):
             set_random_state(before)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the random state, and where in its epoch the run is."""
+        """Add the random state of every process, and where in its epoch the run is; called on all processes."""
+        own = self._random_state_before_validation or random_state()
         checkpoint[_RANDOM_STATE] = {
-            "generators": self._random_state_before_validation or random_state(),
+            "generators": of_all_processes(self.trainer, own),
             "epoch": TrainerProgress(self.trainer).stage(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state until the run begins."""
         self._saved_random_state = checkpoint.get(_RANDOM_STATE)
+
+
+def of_all_processes(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Something that each process has, by rank; this one's alone where the others cannot be waited for.
+
+    They may be gone after an exception, or be elsewhere when a signal makes Lightning save in the middle of a batch.
+    """
+    alone = trainer.state.status == TrainerStatus.INTERRUPTED or TrainerProgress(trainer).in_batch()
+    if trainer.world_size == 1 or alone:
+        return [own]
+    states = [own] * trainer.world_size
+    dist.all_gather_object(states, own)
+    return states
 
 
 def _exhaust(fetcher: Any) -> None:

@@ -22,7 +22,7 @@ from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group, equal_groups_merged
 from lightning_altmin.step import Step
-from lightning_altmin.strategies import processes_of, refuse_strategy
+from lightning_altmin.strategies import end_together_on_sigterm, processes_of, refuse_strategy
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer_checks import (
     refuse_optimizer,
@@ -205,6 +205,7 @@ class AltMinModule(SupervisedModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer features that cannot work, before anything else happens."""
+        super().setup(stage)
         if stage == "fit":
             refuse_unsupported(self.trainer, self.core.coded)
             self.core.processes = processes_of(self.trainer)
@@ -222,6 +223,7 @@ class AltMinModule(SupervisedModule):
     def on_train_start(self) -> None:
         """Begin with the gradients that were being accumulated when the checkpoint was written, if there is one."""
         super().on_train_start()
+        end_together_on_sigterm(self.trainer)
         if not self.resuming:
             self.core.batches_seen = 0
         pending = self._saved_pending if self.resuming and self._saved_pending else _NOTHING_PENDING

@@ -78,9 +78,9 @@ class Stage:
                 f"dtype {x.dtype}: {error}"
             ) from error
 
-    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
-        """The stage at ``x`` as the code step sees it."""
-        return self.engine.live(x, state) if self._live_in_code_step else self.engine.fixed(x, state)
+    def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        """The stage at ``x``, or at ``x + move``, as the code step sees it."""
+        return self.engine.live(x, state, move) if self._live_in_code_step else self.engine.fixed(x, state, move)
 
     def repeated_coupling(
         self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
@@ -90,9 +90,9 @@ class Stage:
             return None
         return self.engine.repeated_coupling(base, state, target_move, gradients)
 
-    def live(self, x: Tensor, state: BatchState) -> StageMap:
-        """The stage at ``x`` as the weight step sees it."""
-        return self.engine.live(x, state)
+    def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        """The stage at ``x``, or at ``x + move``, as the weight step sees it."""
+        return self.engine.live(x, state, move)
 
     def __repr__(self) -> str:
         return f"Stage({self.name!r}, {_describe(self.modules)}, engine={self.engine.kind!r})"

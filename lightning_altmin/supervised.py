@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_altmin.checkpoint_files import check_checkpoints, damage_named
 from lightning_altmin.exact_resume import ExactResume
 from lightning_altmin.losses import local_loss
 from lightning_altmin.metrics import Metrics, metric_collection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img")
@@ -197,6 +202,20 @@ class SupervisedModule(ExactResume):
         return float(value)
 
     # ---------------------------------------------------------------- fit start and end, checkpoints
+
+    def setup(self, stage: str) -> None:
+        """From here on a damaged checkpoint, or a disk that is full, is an error in plain words."""
+        check_checkpoints(self.trainer)
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # noqa: N805
+        """As Lightning's.
+
+        Raises:
+            CheckpointError: If the file is cut off or damaged.
+        """
+        with damage_named(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_fit_start(self) -> None:
         """Forget what belongs to an earlier run."""

@@ -58,6 +58,11 @@ class TrainerProgress:
             return "running"
         return "ended" if completed == processed else "closing"
 
+    def in_batch(self) -> bool:
+        """Whether a batch is being trained at this moment: no place to save, but a signal may ask for it."""
+        current = self._batch_progress.current
+        return bool(current.ready != current.processed)
+
     @property
     def _batch_progress(self) -> Any:
         # Any: Lightning annotates the trackers with a base class that lacks `processed`

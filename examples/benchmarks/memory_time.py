@@ -1,11 +1,13 @@
 """Time of a training step with a co-activation memory, beside AM-Adam's.
 
     python examples/benchmarks/memory_time.py --json docs/results/memory_time.json
+    python examples/benchmarks/memory_time.py --nets "MLP 5000-100" --cycle 10 --json docs/results/memory_time_wide.json
 
 The methods train the same network on batches of the same shape through the raw core, with the default code solver.
 Runs alternate; a ratio is the median over rounds of a method's time divided by AM-Adam's in the same round, with the
 smallest and the largest. Every run covers whole cycles of `every` batches, so measurements and inversions are in it
-at their due share; the first batches, which measure more often, are not.
+at their due share; the first batches, which measure more often, are not. Megabytes are those of the statistics of all
+layers, the inverse included.
 """
 
 from __future__ import annotations
@@ -29,21 +31,24 @@ from lightning_altmin.nn import MLP, LeNet5
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 2x100": (functools.partial(MLP, 784, [100, 100], 10), (200, 784)),
     "MLP 2x500": (functools.partial(MLP, 784, [500, 500], 10), (200, 784)),
+    "MLP 5000-100": (functools.partial(MLP, 784, [5000, 100], 10), (200, 784)),
     "LeNet": (LeNet5, (128, 1, 28, 28)),
 }
 METHODS: dict[str, Callable[[], WeightSolver]] = {
     "AM-Adam": LocalGradient,
     "AM-mem, every=10": CoactivationMemory,
     "AM-mem, every=50": functools.partial(CoactivationMemory, every=50),
-    "AM-mem, every=10, rank=64": functools.partial(CoactivationMemory, rank=64),
+    **{
+        f"AM-mem, every=10, rank={rank}": functools.partial(CoactivationMemory, rank=rank)
+        for rank in (0, 4, 16, 64, 256)
+    },
     "AM-mem, every=1": functools.partial(CoactivationMemory, every=1),
     "solve form, every=10": functools.partial(CoactivationMemory, "solve"),
 }
-CYCLE = 50  # batches; a multiple of each `every`
 
 
-def runner(net: str, method: Callable[[], WeightSolver]) -> Callable[[], float]:
-    """A function that trains for a cycle and returns milliseconds per step."""
+def runner(net: str, method: Callable[[], WeightSolver], cycle: int) -> tuple[Callable[[], float], float]:
+    """A function that trains for a cycle and returns milliseconds per step, and the megabytes that it remembers."""
     make, shape = NETS[net]
     torch.manual_seed(0)
     core = AltMin(make(), nn.CrossEntropyLoss(), weights=method())
@@ -51,15 +56,16 @@ def runner(net: str, method: Callable[[], WeightSolver]) -> Callable[[], float]:
 
     def run() -> float:
         start = time.perf_counter()
-        for index in range(CYCLE):
+        for index in range(cycle):
             core.step(*data[index % len(data)], keep_codes=False)
-        return 1e3 * (time.perf_counter() - start) / CYCLE
+        return 1e3 * (time.perf_counter() - start) / cycle
 
-    return run
+    return run, sum(buffer.numel() * buffer.element_size() for buffer in core.weights.buffers()) / 1e6
 
 
-def compare(net: str, rounds: int, methods: list[str]) -> list[dict[str, Any]]:
-    runners = {name: runner(net, METHODS[name]) for name in ("AM-Adam", *methods)}
+def compare(net: str, rounds: int, methods: list[str], cycle: int) -> list[dict[str, Any]]:
+    made = {name: runner(net, METHODS[name], cycle) for name in ("AM-Adam", *methods)}
+    runners = {name: run for name, (run, _) in made.items()}
     times: dict[str, list[float]] = {name: [] for name in runners}
     for run in runners.values():
         run()
@@ -73,13 +79,14 @@ def compare(net: str, rounds: int, methods: list[str]) -> list[dict[str, Any]]:
             {
                 "net": net,
                 "method": name,
+                "megabytes": made[name][1],
                 "ms": statistics.median(values),
                 "ratio": statistics.median(ratios),
                 "ratio_range": [min(ratios), max(ratios)],
             }
         )
         spread = f"{rows[-1]['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {net} | {name} | {rows[-1]['ms']:.2f} | {spread} |", flush=True)
+        print(f"| {net} | {name} | {rows[-1]['ms']:.2f} | {spread} | {made[name][1]:.1f} |", flush=True)
     return rows
 
 
@@ -90,16 +97,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS)[1:], default=list(METHODS)[1:])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cycle", type=int, default=50, help="batches of a run, a multiple of each `every`")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print("| network | method | ms per step | times AM-Adam's |\n| --- | --- | --- | --- |")
+    print("| network | method | ms per step | times AM-Adam's | megabytes |\n|" + " --- |" * 5)
     rows: list[dict[str, Any]] = []
     for net in arguments.nets:
-        rows += compare(net, arguments.rounds, arguments.methods)
+        rows += compare(net, arguments.rounds, arguments.methods, arguments.cycle)
         if arguments.json:
             machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            settings = {"threads": arguments.threads, "rounds": arguments.rounds}
+            settings = {"threads": arguments.threads, "rounds": arguments.rounds, "cycle": arguments.cycle}
             arguments.json.write_text(json.dumps({"machine": machine, **settings, "rows": rows}, indent=1) + "\n")
 
 

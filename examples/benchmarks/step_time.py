@@ -2,36 +2,39 @@
 
     python examples/benchmarks/step_time.py --json docs/results/step_time.json
     python examples/benchmarks/step_time.py --nets "MLP 2x100" --threads 1 2
-    python examples/benchmarks/step_time.py --profile LeNet
+    python examples/benchmarks/step_time.py --nets VGG-like --seconds 0.1 --rounds 3 --methods "1 code step"
+    python examples/benchmarks/step_time.py --profile LeNet --methods "1 code step"
 
 Every method trains the same network on the same batches with fused Adam, through the raw core ("core") or the Trainer
 ("trainer"). Runs of the methods alternate; a ratio is the median over rounds of a method's time divided by that of
 backprop in the same round, with the smallest and the largest. Compilation happens in the warm-up and is not counted.
-Peak memory is what a step's tensors hold beyond parameters and optimizer state. The share of the matmul bound is the
-step's multiply-adds (those of matrix products and convolutions) at this machine's measured rate, over the step's time.
+Rows of the JSON file are replaced by those measured anew; each row's ratio is to backprop in its own run. Peak memory is
+what a step's tensors hold beyond parameters and optimizer state. The share of the matmul bound is the step's
+multiply-adds (those of matrix products and convolutions) at this machine's measured rate, over the step's time. The
+accuracies in the table are those of step_time_accuracy.py and, tuned, of examples/accuracy.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import platform
 import statistics
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from peak_memory import PeakMemory
+from step_time_table import table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_altmin import (
@@ -52,7 +55,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 10x100": (functools.partial(MLP, 784, [100] * 10, 10), (200, 784)),
     "MLP 4x2000": (functools.partial(MLP, 784, [2000] * 4, 10), (200, 784)),
     "LeNet": (LeNet5, (128, 1, 28, 28)),
-    "VGG-like": (functools.partial(ConvNet, 3, 10, channels=(32, 64, 128), convs_per_block=2), (64, 3, 32, 32)),
+    "VGG-like": (functools.partial(ConvNet, 3, 10, channels=(16, 32, 64), convs_per_block=2), (64, 3, 32, 32)),
 }
 
 
@@ -168,7 +171,7 @@ def compare(runners: dict[str, Callable[[int], float]], seconds: float, rounds: 
     counts = {}
     for name, run in runners.items():
         run(7)  # past compilation and, for CurvatureCodes, past the first batches, which all measure
-        counts[name] = max(10, int(1e3 * seconds / run(10)))
+        counts[name] = max(1, int(1e3 * seconds / run(3)))
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, run in runners.items():
@@ -185,39 +188,6 @@ def compare(runners: dict[str, Callable[[int], float]], seconds: float, rounds: 
     return results
 
 
-class PeakMemory(TorchDispatchMode):
-    """Largest number of bytes held at once by tensors made inside this context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._note(value.untyped_storage(), made_here=False)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._note(value.untyped_storage(), made_here=True)
-        return result
-
-    def _note(self, storage: Any, made_here: bool) -> None:
-        """A view's storage is known already, one that is first seen as an argument was made before."""
-        key, size = storage._cdata, storage.nbytes() if made_here else 0
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.held -= size
-
-
 def costs(method: Method, net: str) -> dict[str, float]:
     """Peak memory in MB and multiply-adds in millions of one step; eager methods only."""
     make, shape = NETS[net]
@@ -226,7 +196,7 @@ def costs(method: Method, net: str) -> dict[str, float]:
     for _ in range(7):  # past the first batches, which all measure
         step(*batch)
     for parameter in network.parameters():
-        parameter.grad = None
+        parameter.grad = None  # backprop's own are left over
     with PeakMemory() as memory:
         step(*batch)
     with FlopCounterMode(display=False) as counter:
@@ -245,68 +215,50 @@ def gemm_rate() -> float:
     return 1500**3 / best
 
 
-def measure(nets: Iterable[str], threads: int, precision: str, seconds: float, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    net: str, threads: int, precision: str, methods: list[str], levels: list[str], seconds: float, rounds: int
+) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
     rate, rows = gemm_rate(), []
-    for net in nets:
-        chosen = {n: m for n, m in METHODS.items() if precision == "fp32" or "autograd" not in n}
-        cost = {name: costs(method, net) for name, method in chosen.items() if method.counted}
-        for level, runner in (("core", core_runner), ("trainer", trainer_runner)):
-            taken = {n: m for n, m in chosen.items() if level == "core" or "autograd" not in n}
-            times = compare({n: runner(m, net, precision) for n, m in taken.items()}, seconds, rounds)
-            for name, result in times.items():
-                row = {"net": net, "level": level, "threads": threads, "precision": precision, "method": name, **result}
-                row |= cost.get(name, {})
-                if precision == "fp32" and "million_multiply_adds" in row:
-                    row["matmul_bound"] = 1e9 * row["million_multiply_adds"] / rate / row["ms"]
-                rows.append(row)
-                low, high = result["ratio_range"]
-                extra = f", peak {row['peak_mb']:.1f} MB" if "peak_mb" in row else ""
-                print(
-                    f"{net}, {level}, {threads} threads, {precision}, {name}: {result['ms']:.2f} ms, "
-                    f"{result['ratio']:.2f}x ({low:.2f} to {high:.2f}){extra}",
-                    flush=True,
-                )
+    chosen = {n: METHODS[n] for n in methods if precision == "fp32" or "autograd" not in n}
+    cost = {name: costs(method, net) for name, method in chosen.items() if method.counted and precision == "fp32"}
+    for level in levels:
+        runner = {"core": core_runner, "trainer": trainer_runner}[level]
+        taken = {n: m for n, m in chosen.items() if level == "core" or "autograd" not in n}
+        times = compare({n: runner(m, net, precision) for n, m in taken.items()}, seconds, rounds)
+        for name, result in times.items():
+            row = {"net": net, "level": level, "threads": threads, "precision": precision, "method": name, **result}
+            row |= cost.get(name, {})
+            if precision == "fp32" and "million_multiply_adds" in row:
+                row["matmul_bound"] = 1e9 * row["million_multiply_adds"] / rate / row["ms"]
+            rows.append(row)
+            low, high = result["ratio_range"]
+            extra = f", peak {row['peak_mb']:.2f} MB" if "peak_mb" in row else ""
+            print(
+                f"{net}, {level}, {threads} threads, {precision}, {name}: {result['ms']:.2f} ms, "
+                f"{result['ratio']:.2f}x ({low:.2f} to {high:.2f}){extra}",
+                flush=True,
+            )
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: a line per network and method, ratios to backprop."""
-    lines = [
-        "| network | threads | precision | method | core ms | core ratio | Trainer ratio | multiply-adds ratio "
-        "| peak MB | of matmul bound |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    by_key = {(r["net"], r["threads"], r["precision"], r["method"], r["level"]): r for r in rows}
-    for net, threads, precision, method, level in by_key:
-        if level != "core":
-            continue
-        row = by_key[net, threads, precision, method, "core"]
-        trainer = by_key.get((net, threads, precision, method, "trainer"))
-        base = by_key[net, threads, precision, "backprop", "core"]
-        work = row.get("million_multiply_adds")
-        cells = [
-            net,
-            threads,
-            precision,
-            method,
-            f"{row['ms']:.2f}",
-            f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})",
-            "" if trainer is None else f"{trainer['ratio']:.2f}",
-            "" if work is None else f"{work / base['million_multiply_adds']:.2f}",
-            "" if "peak_mb" not in row else f"{row['peak_mb']:.1f}",
-            "" if "matmul_bound" not in row else f"{100 * row['matmul_bound']:.0f} %",
-        ]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+def renew_costs(rows: list[dict[str, Any]]) -> None:
+    """Memory and multiply-adds of rows timed before, which noise does not touch."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        key = row["net"], row["method"]
+        if "peak_mb" in row:
+            found[key] = found.get(key) or costs(METHODS[row["method"]], row["net"])
+            row |= found[key]
 
 
-def profile(net: str) -> None:
-    """Where the time of backprop and of one AltMin step goes."""
+def profile(net: str, methods: list[str]) -> None:
+    """Where the time of a step goes, and which tensors there are at its peak of memory."""
     make, shape = NETS[net]
     (batch,) = batches(shape, 1)
-    for name in ("backprop", "1 code step"):
-        step = METHODS[name].step(make())
+    for name in methods:
+        network = make()
+        step = METHODS[name].step(network)
         for _ in range(10):
             step(*batch)
         with torch.profiler.profile() as recorded:
@@ -314,6 +266,12 @@ def profile(net: str) -> None:
                 step(*batch)
         print(name)
         print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+        for parameter in network.parameters():
+            parameter.grad = None
+        if METHODS[name].counted:
+            with PeakMemory(explain=True) as memory:
+                step(*batch)
+            print(memory)
 
 
 KEY = ("net", "level", "threads", "precision", "method")
@@ -333,27 +291,40 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=list(NETS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of one timed run")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="beside backprop")
+    parser.add_argument("--levels", nargs="+", choices=("core", "trainer"), default=["core", "trainer"])
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of one timed run, of one step at least")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--profile", choices=tuple(NETS), help="only print where the time goes")
+    parser.add_argument("--profile", choices=tuple(NETS), help="only print where time and memory go")
+    parser.add_argument(
+        "--costs", action="store_true", help="only renew memory and multiply-adds of the rows there are"
+    )
+    parser.add_argument("--table", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    methods = list(dict.fromkeys(["backprop", *arguments.methods]))
     if arguments.profile:
-        profile(arguments.profile)
+        profile(arguments.profile, methods)
         return
     rows = read(arguments.json)
-    for threads in arguments.threads:
-        for precision in arguments.precision:
-            for net in arguments.nets:
-                new = measure([net], threads, precision, arguments.seconds, arguments.rounds)
-                keys = {tuple(row[key] for key in KEY) for row in new}
-                rows = [row for row in rows if tuple(row[key] for key in KEY) not in keys] + new
-                if arguments.json:
-                    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    print(table(rows))
+    if arguments.costs:
+        renew_costs(rows)
+        write(arguments.json, rows)
+    elif not arguments.table:
+        for threads, precision, net in itertools.product(arguments.threads, arguments.precision, arguments.nets):
+            new = measure(net, threads, precision, methods, arguments.levels, arguments.seconds, arguments.rounds)
+            keys = {tuple(row[key] for key in KEY) for row in new}
+            rows = [row for row in rows if tuple(row[key] for key in KEY) not in keys] + new
+            write(arguments.json, rows)
+    print(table(rows, list(NETS), list(METHODS)))
+
+
+def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path is not None:
+        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ TITLES = {
     "domain_mnist": "Split-MNIST, domain-incremental",
     "split_cifar10": "Split-CIFAR-10, class-incremental, on frozen random features",
     "permuted_mnist": "Permuted-MNIST, ten tasks of 6000 samples",
-    "wide_mnist": "Split-MNIST, class-incremental, 2000 hidden units with local receptive fields",
     "bytes": "Split-MNIST by bytes of state",
 }
 

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.module import AltMinModule
+from lightning_altmin.strategies import DataParallel, processes_of
 
 
 def core_of(module: LightningModule, callback: Callback) -> AltMin:
@@ -38,14 +39,15 @@ def altmin_module(module: LightningModule, callback: Callback) -> AltMinModule:
     return module
 
 
-def refuse_several_processes(trainer: Trainer, callback: Callback) -> None:
-    """For a callback that works with the batches of its own process.
+def refuse_other_processes(trainer: Trainer, callback: Callback) -> None:
+    """For a callback that works with whole networks, and knows how to add up what the parts of a batch give.
 
     Raises:
-        MisconfigurationException: If there are others.
+        MisconfigurationException: If there are several processes which share anything else than batches.
     """
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not isinstance(processes_of(trainer), DataParallel):
         raise MisconfigurationException(
-            f"{type(callback).__name__} sees the batches of one process, got {trainer.world_size} processes, whose "
-            "updates come from all of them: remove the callback, or use Trainer(devices=1)"
+            f"{type(callback).__name__} needs the whole network on every process, which strategy "
+            f"{type(trainer.strategy).__name__} does not give: remove the callback, or use strategy='ddp' or "
+            "Trainer(devices=1)"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.callbacks.altmin_access import altmin_module
-from lightning_altmin.callbacks.dead_units import dead_share
+from lightning_altmin.callbacks.dead_units import alive_units
 from lightning_altmin.callbacks.layer_watch import LayerWatch
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import ReferenceObjective
@@ -30,7 +31,7 @@ class CodeMonitor(LayerWatch):
       over the batch, at the weights before and after the optimizer step (when gradients are accumulated, most batches
       take no step and the two are equal). ``input`` is what the weight solver reads: moved or forward codes;
     - ``codes/<layer>/dead_units``: share of units whose activation has no slope at any sample of the batch, at the
-      forward codes (see `dead_share`); not logged for a layer that is not read by an elementwise activation of torch;
+      forward codes (see `alive_units`); not logged for a layer that is not read by an elementwise activation of torch;
 
     - ``codes/<layer>/steps``: how many steps a sample's code took, averaged over the batch; logged for code solvers
       that stop by themselves (``GradientCodes(tol=...)``).
@@ -40,7 +41,7 @@ class CodeMonitor(LayerWatch):
     objective it is that objective's own value, which is a mean already.
 
     A measured batch keeps all its codes and a copy of the network, and evaluates the layers three times more. Others
-    cost nothing.
+    cost nothing. Of several processes all log the numbers of the whole batch, which takes one more all-reduce.
 
     Args:
         every_n_steps: Measure at every n-th batch, >= 1.
@@ -96,40 +97,69 @@ class CodeMonitor(LayerWatch):
 
     @torch.no_grad()
     def _measure(self, core: AltMin, before: CodedNetwork, step: Step) -> dict[str, Tensor]:
+        found = _summed(self._sums(core, before, step), core.processes.sum)
+        samples = found.pop("samples")
         values: dict[str, Tensor] = {}
+        for layer in before.stages[:-1]:
+            group = f"codes/{layer.name}"
+            values[f"{group}/displacement"] = (found[f"{group}/moved"] / found[f"{group}/size"]).sqrt()
+            for name in (f"{group}/residual_before", f"{group}/residual_after"):
+                values[name] = found[name] / samples
+            if f"{group}/steps" in found:
+                values[f"{group}/steps"] = found[f"{group}/steps"] / samples
+            if f"{group}/alive" in found:
+                values[f"{group}/dead_units"] = (found[f"{group}/alive"] == 0).to(samples.dtype).mean()
+        for name in ("codes/objective_before", "codes/objective_after"):
+            values[name] = found[name] if isinstance(core.objective, ReferenceObjective) else found[name] / samples
+        return values
+
+    def _sums(self, core: AltMin, before: CodedNetwork, step: Step) -> dict[str, Tensor]:
+        """What is measured, as sums over the samples of this process."""
+        sums = {"samples": step.loss.new_full((), float(step.x.shape[0]))}
         residuals_before, residuals_after = _residuals(core, before, step), _residuals(core, core.coded, step)
         for index, (forward, move) in enumerate(zip(step.codes_forward, step.moves, strict=True)):
             layer, above = before.stages[index : index + 2]
             group = f"codes/{layer.name}"
-            values[f"{group}/displacement"] = move.norm() / forward.norm()
-            values[f"{group}/residual_before"] = residuals_before[index]
-            values[f"{group}/residual_after"] = residuals_after[index]
+            sums[f"{group}/moved"] = move.square().sum()
+            sums[f"{group}/size"] = forward.square().sum()
+            sums[f"{group}/residual_before"] = residuals_before[index]
+            sums[f"{group}/residual_after"] = residuals_after[index]
             if (steps := step.code_steps[index]) is not None:
-                values[f"{group}/steps"] = steps
-            dead = dead_share(layer, above, forward, self.dead_slope)
-            if dead is not None:
-                values[f"{group}/dead_units"] = dead
-        values["codes/objective_before"] = _objective(core, before, step, step.codes_forward)
-        values["codes/objective_after"] = _objective(core, before, step, step.codes)
-        return values
+                sums[f"{group}/steps"] = steps * len(step.x)
+            alive = alive_units(layer, above, forward, self.dead_slope)
+            if alive is not None:
+                sums[f"{group}/alive"] = alive
+        sums["codes/objective_before"] = _objective(core, before, step, step.codes_forward)
+        sums["codes/objective_after"] = _objective(core, before, step, step.codes)
+        return sums
+
+
+def _summed(own: dict[str, Tensor], over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The sums of all processes, in one exchange."""
+    dtype = torch.float32
+    for value in own.values():
+        dtype = torch.promote_types(dtype, value.dtype)
+    flat = over_processes(torch.cat([value.reshape(-1).to(dtype) for value in own.values()]))
+    parts = torch.split(flat, [value.numel() for value in own.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(own.items(), parts, strict=True)}
 
 
 def _residuals(core: AltMin, network: CodedNetwork, step: Step) -> list[Tensor]:
-    """``||f_l(input) - c_l||^2`` of every hidden layer of ``network``, averaged over the batch."""
+    """``||f_l(input) - c_l||^2`` of every hidden layer of ``network``, summed over the batch."""
     residuals = []
     for stage, problem in zip(network.stages, core.weight_problems(step), strict=True):
         if problem.move is not None:
             residual = stage.live(problem.input, problem.state).output() - problem.forward_output - problem.move
-            residuals.append(residual.square().sum() / residual.shape[0])
+            residuals.append(residual.square().sum())
     return residuals
 
 
 def _objective(core: AltMin, network: CodedNetwork, step: Step, codes: list[Tensor]) -> Tensor:
-    """J at ``codes``, averaged over the batch; the network is held as the code step sees it."""
+    """J at ``codes``, summed over the batch (the reference objective is a mean); held as the code step sees it."""
     objective = core.objective
     inputs = [step.x, *codes]
     outputs = [s.fixed(x, state).output() for s, x, state in zip(network.stages, inputs, step._states, strict=True)]
     value = objective.code_loss_value(step._loss_at.elsewhere(outputs[-1]))
     for output, code in zip(outputs[:-1], codes, strict=True):
         value = value + objective.code_coupling_value(output - code) + objective.code_sparsity_value(code)
-    return value if isinstance(objective, ReferenceObjective) else value / step.x.shape[0]
+    return value

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_several_processes
+from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_other_processes
 from lightning_altmin.callbacks.layer_watch import LayerWatch
 from lightning_altmin.module import AltMinModule
+from lightning_altmin.processes import Processes
 from lightning_altmin.random_state import random_state, set_random_state
 from lightning_altmin.weights.local_gradient import trainable
 
@@ -28,7 +29,8 @@ class CompareToBackprop(LayerWatch):
     The local gradient is the one that is about to enter the optimizer (clipped, and with the l1 term of the weights,
     where these are set). Backprop's gradient of the loss is that of the same batch at the same weights, with the same
     dropout masks and batch statistics, by autograd on a copy: the model, its buffers, its gradients and the random
-    state stay as they are, and training goes on exactly as without this callback.
+    state stay as they are, and training goes on exactly as without this callback. Of several processes each computes
+    backprop's gradient of its own samples, and one all-reduce averages them, as DDP would.
 
     Args:
         every_n_steps: Compare at every n-th batch, >= 1.
@@ -46,7 +48,8 @@ class CompareToBackprop(LayerWatch):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module and the Trainer."""
-        refuse_several_processes(trainer, self)
+        if stage == "fit":
+            refuse_other_processes(trainer, self)
         if stage == "fit" and altmin_module(pl_module, self).accumulate_batches > 1:
             raise MisconfigurationException(
                 "CompareToBackprop compares the gradients of one batch, but accumulate_batches mixes those of several; "
@@ -83,20 +86,35 @@ class CompareToBackprop(LayerWatch):
 
 
 def _backprop(module: AltMinModule, batch: Any, random: dict[str, Any]) -> dict[nn.Parameter, Tensor]:
-    """Backprop's gradient for every trainable parameter of the module's network, zero where none flows."""
+    """Backprop's gradient for every trainable parameter of the module's network, zero where none flows.
+
+    Over the samples of all processes: a mean of theirs, weighted by what the loss divides by.
+    """
     x, y = module.unpack(batch)
     network = copy.deepcopy(module.network)
     now = random_state()
     set_random_state(random)
     try:
         with torch.enable_grad():
-            loss = module.batch_loss(network(x), y)
+            output = network(x)
+            loss = module.batch_loss(output, y)
     finally:
         set_random_state(now)
     copies = zip(module.network.parameters(), network.parameters(), strict=True)
     pairs = [(original, mine) for original, mine in copies if mine.requires_grad]
     gradients = torch.autograd.grad(loss, [mine for _, mine in pairs], allow_unused=True)
-    return {p: torch.zeros_like(p) if g is None else g for (p, _), g in zip(pairs, gradients, strict=True)}
+    found = [torch.zeros_like(p) if g is None else g for (p, _), g in zip(pairs, gradients, strict=True)]
+    if module.core.processes.count > 1:
+        found = _averaged(found, module.core.local_loss.weight(output.detach(), y), module.core.processes)
+    return {p: gradient for (p, _), gradient in zip(pairs, found, strict=True)}
+
+
+def _averaged(gradients: list[Tensor], weight: Tensor, processes: Processes) -> list[Tensor]:
+    """The weighted mean over processes, in one exchange."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    total = processes.sum(torch.cat([flat * weight, weight.reshape(1).to(flat.dtype)]))
+    parts = torch.split(total[:-1] / total[-1], [gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
 def _comparison(group: str, local: Tensor, backprop: Tensor) -> dict[str, Tensor]:

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_altmin.baselines import BackpropModule
-from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_several_processes
+from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_other_processes
 from lightning_altmin.callbacks.training_clock import TrainingClock
+from lightning_altmin.exact_resume import of_all_processes
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.random_state import random_state, set_random_state
@@ -32,7 +35,9 @@ class CompareWithTwin(Callback):
     The twin is a `BackpropModule` with the initial weights of this run and the same loss, metrics and learning-rate
     schedule. It is trained on the same data module for as many optimizer steps, from the same random state: batches
     and their order, augmentation and dropout masks are the same. Validation runs as in this run and is not counted
-    in the seconds. A run resumed from a checkpoint is compared as a whole: the checkpoint holds its start.
+    in the seconds. A run resumed from a checkpoint is compared as a whole: the checkpoint holds its start. Under
+    ``strategy="ddp"`` the twin is trained by DDP in the same processes, which averages gradients of unequal parts of a
+    batch without weighting them; the seconds are those of each process.
 
     Args:
         optimizer: Factory of the twin's optimizer; fused Adam at rate 0.002 if not given, as for AltMin.
@@ -65,7 +70,12 @@ class CompareWithTwin(Callback):
         """Check that a comparison will be possible, before anything is trained."""
         if stage != "fit":
             return
-        refuse_several_processes(trainer, self)
+        refuse_other_processes(trainer, self)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise MisconfigurationException(
+                "CompareWithTwin trains a second network in the same processes, but spawned ones cannot start a second "
+                "run: use Trainer(strategy='ddp'), or torchrun"
+            )
         altmin_module(pl_module, self)
         data = _data_module(trainer)
         if data is None or not is_overridden("test_dataloader", data, LightningDataModule):
@@ -91,6 +101,8 @@ class CompareWithTwin(Callback):
                     "this callback, or from an earlier fit. Start afresh, or remove the callback"
                 )
             self._start["before_training"] = random_state()
+            own = {name: self._start.pop(name) for name in ("before_loaders", "before_training")}
+            self._start["generators"] = of_all_processes(trainer, own)
         self._clock = TrainingClock(pl_module.device, self._earlier_seconds)
         self._clock.start()
 
@@ -138,7 +150,8 @@ class CompareWithTwin(Callback):
             trainer.progress_bar_callback.teardown(trainer, module, stage)  # the terminal has room for one live bar
         rank_zero_info("CompareWithTwin: training the same network by backprop")
         self.twin = _make_twin(module, self._start["weights"], self._optimizer)
-        replay = _Replay(self._start)
+        generators = self._start["generators"]
+        replay = _Replay(generators[trainer.global_rank % len(generators)])
         with _left_alone(trainer, module, data):
             runner = _small_trainer(trainer, module.accumulate_batches, replay)
             tested = runner.test(module, datamodule=data, verbose=False)
@@ -240,13 +253,12 @@ def _make_twin(module: AltMinModule, weights: Mapping[str, Tensor], optimizer: O
 
 
 def _small_trainer(trainer: Trainer, accumulate: int, replay: Callback) -> Trainer:
-    """A Trainer for as many steps on the same device and the same part of the data, that writes nothing."""
-    device = trainer.strategy.root_device
+    """A Trainer for as many steps on the same devices and the same part of the data, that writes nothing."""
     settings: Any = trainer  # several of its attributes are set from elsewhere and not typed
     deterministic = torch.are_deterministic_algorithms_enabled()
     return Trainer(
         accelerator=trainer.accelerator,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
+        **_devices(trainer),
         precision=trainer.precision,
         max_epochs=trainer.max_epochs,
         max_steps=trainer.global_step,
@@ -272,6 +284,20 @@ def _small_trainer(trainer: Trainer, accumulate: int, replay: Callback) -> Train
         default_root_dir=trainer.default_root_dir,
         callbacks=[replay],
     )
+
+
+def _devices(trainer: Trainer) -> dict[str, Any]:
+    strategy = trainer.strategy
+    if trainer.world_size == 1:
+        device = strategy.root_device
+        return {"devices": [device.index or 0] if device.type == "cuda" else 1}
+    assert isinstance(strategy, DDPStrategy)
+    return {
+        "devices": trainer.device_ids if strategy.root_device.type == "cuda" else trainer.num_devices,
+        "num_nodes": trainer.num_nodes,
+        "strategy": DDPStrategy(cluster_environment=strategy.cluster_environment),
+        "use_distributed_sampler": trainer._accelerator_connector.use_distributed_sampler,
+    }
 
 
 def _limit(value: int | float) -> int | float | None:

@@ -34,8 +34,8 @@ _ELEMENTWISE = (
 )
 
 
-def dead_share(layer: Stage, above: Stage, code: Tensor, flat: float) -> Tensor | None:
-    """Share of a layer's units that are dead in a batch.
+def alive_units(layer: Stage, above: Stage, code: Tensor, flat: float) -> Tensor | None:
+    """Which of a layer's units are not dead in a batch.
 
     A unit is a column of a code ``(batch, *, units)``, or a channel of a code ``(batch, channels, *positions)`` of a
     convolution. It is dead if the slope of the activation that reads it is at most ``flat`` in absolute value at
@@ -50,7 +50,7 @@ def dead_share(layer: Stage, above: Stage, code: Tensor, flat: float) -> Tensor 
         flat: Largest slope that counts as none, >= 0.
 
     Returns:
-        A scalar in [0, 1]; ``None`` if the stage above has no elementwise activation of torch.
+        A bool for each unit; ``None`` if the stage above has no elementwise activation of torch.
     """
     activation = next((module for module in above.transfer if isinstance(module, _ELEMENTWISE)), None)
     if activation is None:
@@ -61,4 +61,4 @@ def dead_share(layer: Stage, above: Stage, code: Tensor, flat: float) -> Tensor 
         (slope,) = torch.autograd.grad(value.sum(), at)
     is_image = isinstance(layer.affine[0], _ConvNd) or code.dim() >= 4
     units = slope.abs().movedim(1 if is_image else -1, 0).flatten(1)
-    return (units <= flat).all(1).to(code.dtype).mean()
+    return (units > flat).any(1)

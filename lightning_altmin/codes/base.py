@@ -30,7 +30,7 @@ class CodeProblem:
         state: What encode fixed in that stage for this batch.
         forward: c_l at its forward value, where the problem starts and to which it is anchored; shape
             ``(batch, *code)``.
-        forward_output: ``above`` at ``forward``, known from encode.
+        forward_output: ``above`` at ``forward``, known from encode; NaN where it was freed, for nothing uses it.
         target_move: Move of the code above, or ``None`` for the top code, whose stage above is judged by the loss.
         loss: The network's loss at its forward output, with the batch's targets.
         level: Index of the code, counted from 0 at the bottom.
@@ -97,8 +97,8 @@ class CodeProblem:
         if self._coupling is not None:
             gradient = self._coupling(move)
         else:
-            stage = self.above.fixed(self._code(move), self.state)
-            gradient = stage.input_gradient(self._output_gradient(None if move is None else self._change(stage, move)))
+            stage = self.above.fixed(self.forward, self.state, move)
+            gradient = stage.input_gradient(self._gradient_above(stage, move))
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         if anchor is not None:
             gradient = gradient.add_(anchor)
@@ -111,9 +111,8 @@ class CodeProblem:
         ``<o - o', G(o) - G(o')>`` plus the anchor's share. Costs one forward pass; exact for a linear stage and a
         quadratic loss. The l1 term has no curvature.
         """
-        change = None if move is None else self._change(self.above.fixed(self._code(move), self.state), move)
-        step = -direction if move is None else move - direction
-        stepped = self._change(self.above.fixed(self.forward + step, self.state), step)
+        change = None if move is None else self._change(move)
+        stepped = self._change(-direction if move is None else move - direction)
         bend = self._output_gradient(change) - self._output_gradient(stepped)
         curvature = ((-stepped if change is None else change - stepped) * bend).flatten(1).sum(1)
         anchor = self.objective.code_anchor_gradient(direction)
@@ -136,9 +135,15 @@ class CodeProblem:
     def _code(self, move: Tensor | None) -> Tensor:
         return self.forward if move is None else self.forward + move
 
-    def _change(self, stage: StageMap, move: Tensor) -> Tensor:
+    def _change(self, move: Tensor) -> Tensor:
         """How far the output above is from ``forward_output``."""
-        return stage.change(self.forward, self.forward_output, move)
+        return self.above.fixed(self.forward, self.state, move).change(self.forward_output)
+
+    def _gradient_above(self, stage: StageMap, move: Tensor | None) -> Tensor:
+        """With respect to the output above, ``stage`` being there."""
+        if move is None or self.target_move is None:
+            return self._output_gradient(None if move is None else stage.change(self.forward_output))
+        return self.objective.code_coupling_gradient(stage.residual(self.forward_output, self.target_move))
 
     def _output_gradient(self, change: Tensor | None) -> Tensor:
         """With respect to the output above, ``forward_output + change``."""
@@ -153,7 +158,14 @@ class CodeProblem:
 
 
 class CodeSolver(nn.Module, ABC):
-    """Moves one code to lower its problem. Subclass and write `solve`; the sweep over codes is the algorithm's."""
+    """Moves one code to lower its problem. Subclass and write `solve`; the sweep over codes is the algorithm's.
+
+    Attributes:
+        reads_outputs: Whether `solve` asks a hidden code's problem for ``forward_output``, ``target`` or ``value``. A
+            solver that only wants gradients and curvatures says no, and the codes above are freed before it is asked.
+    """
+
+    reads_outputs: bool = True
 
     def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
         """Called once with what it will be asked to solve; a solver that cannot do it refuses here.
@@ -201,4 +213,7 @@ class CodeSolver(nn.Module, ABC):
 
     @abstractmethod
     def solve(self, problem: CodeProblem) -> Tensor:
-        """Return the code's move, ``c_l - problem.forward``; the problem's tensors must not be changed in place."""
+        """Return the code's move, ``c_l - problem.forward``; the problem's tensors must not be changed in place.
+
+        The move may be overwritten afterwards, if `reads_outputs` is false.
+        """

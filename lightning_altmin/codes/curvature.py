@@ -44,6 +44,7 @@ class CurvatureCodes(CodeSolver):
         ValueError: If an argument is out of its range.
     """
 
+    reads_outputs = False
     curvature: Tensor
     _sums: Tensor
 
@@ -77,7 +78,7 @@ class CurvatureCodes(CodeSolver):
             self._measure(problem, gradient)
         move = gradient.mul_(-rate)
         for _ in range(self.steps - 1):
-            move.sub_(problem.gradient(move) * rate)
+            move.sub_(problem.gradient(move).mul_(rate))
         # n steps against the anchor alone: the share of the code's whole way that they cover.
         problem.rate = rate if self.steps == 1 else 1 - (1 - rate) ** self.steps
         return move

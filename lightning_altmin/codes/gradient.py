@@ -33,6 +33,7 @@ class GradientCodes(CodeSolver):
         ValueError: If an argument is out of its range.
     """
 
+    reads_outputs = False
     lr: Tensor
 
     def __init__(
@@ -72,7 +73,7 @@ class GradientCodes(CodeSolver):
             if self.momentum > 0:
                 velocity = gradient.clone() if velocity is None else velocity.mul_(self.momentum).add_(gradient)
                 change = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity
-            change = change * -self.lr
+            change = change.mul_(-self.lr) if change is not velocity else change * -self.lr
             if far is not None:
                 change = far.alone(change)
             move = change if move is None else move.add_(change)

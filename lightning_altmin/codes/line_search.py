@@ -30,6 +30,8 @@ class LineSearchCodes(CodeSolver):
         ValueError: If an argument is out of its range.
     """
 
+    reads_outputs = False
+
     def __init__(self, steps: int = 1, relaxation: float = 1.0) -> None:
         super().__init__()
         if not isinstance(steps, int) or steps < 1:

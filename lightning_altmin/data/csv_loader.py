@@ -7,7 +7,7 @@ import torch
 
 from lightning_altmin.data.csv_rows import CSVError, CSVFile, RowReader, Rows
 from lightning_altmin.data.csv_schema import RowSchema
-from lightning_altmin.data.indexed_loader import check_batch_size
+from lightning_altmin.data.indexed_loader import check_batch_size, check_shares
 from lightning_altmin.data.resumable_loader import Batch, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
 from lightning_altmin.trainer_progress import TrainingProgress
@@ -20,10 +20,13 @@ class CSVLoader(ResumableLoader):
     the blocks stay in the order of the file. So a resumed epoch passes over the blocks before its own without parsing
     them. At most ``max(shuffle_buffer, batch_size) + chunk_rows`` rows are held at a time, and for a moment a copy.
 
+    Of several processes each reads the whole file and keeps its part of every batch of ``world * batch_size`` rows, so
+    that they see the batches of one process, malformed lines are an error on all of them, and none waits for another.
+
     Args:
         file: the file.
         schema: the meaning of its columns.
-        batch_size: rows per batch.
+        batch_size: rows per batch and process.
         start: number of the first row to use.
         rows: number of rows to use; None uses all to the end of the file, and the loader then has no length.
         shuffle_buffer: rows per shuffled block; 0 keeps the order of the file.
@@ -65,6 +68,23 @@ class CSVLoader(ResumableLoader):
         self._rows = rows
         self._chunk_rows = chunk_rows
 
+    def share(self, rank: int, world: int) -> None:
+        """Hand out this process's part of every batch of ``world * batch_size`` rows; nothing is padded or repeated.
+
+        A last batch that is not full is dealt out as evenly as possible.
+
+        Args:
+            rank: number of this process.
+            world: number of processes.
+
+        Raises:
+            ValueError: if a process would get nothing of the last batch; where the number of rows is not known, when
+                that batch is reached.
+        """
+        if self._rows is not None:
+            check_shares(self._rows, self.batch_size, world, self.drop_last)
+        self._rank, self._world = rank, world
+
     @property
     def is_random(self) -> bool:
         """Whether rows are shuffled."""
@@ -75,7 +95,7 @@ class CSVLoader(ResumableLoader):
         """Number of batches, None if the number of rows is not known."""
         if self._rows is None:
             return None
-        full, rest = divmod(self._rows, self.batch_size)
+        full, rest = divmod(self._rows, self._global_size)
         return full + (1 if rest and not self.drop_last else 0)
 
     def layout(self) -> dict[str, int | bool]:
@@ -83,36 +103,43 @@ class CSVLoader(ResumableLoader):
         return {
             "start": self._start,
             "rows": -1 if self._rows is None else self._rows,
-            "batch_size": self.batch_size,
+            "batch_size": self._global_size,  # so another number of processes may go on with the epoch
             "shuffle_buffer": self.shuffle_buffer,
             "drop_last": self.drop_last,
         }
 
     def batches_from(self, seed: int | None, start: int) -> Iterator[Batch]:
         """Build the batches of one epoch from number ``start`` on."""
-        first = start * self.batch_size  # every batch before this one is full
+        size = self._global_size
+        first = start * size  # every batch before this one is full
         pieces = self._in_order(first) if seed is None else self._shuffled(first, seed)
         held: list[Rows] = []
         count, full_batches = 0, 0
         for piece in pieces:
             held.append(piece)
             count += len(piece)
-            if count < self.batch_size:
+            if count < size:
                 continue
             rows = np.concatenate(held)
-            whole = count - count % self.batch_size
-            for low in range(0, whole, self.batch_size):
-                yield self._schema.decode(rows[low : low + self.batch_size])
+            whole = count - count % size
+            for low in range(0, whole, size):
+                yield self._schema.decode(rows[low : low + size][self.own_part(size)])
                 full_batches += 1
             held = [rows[whole:].copy()]  # a copy: a view would keep all the rows
             count -= whole
         if count and not self.drop_last:
-            yield self._schema.decode(np.concatenate(held))
+            check_shares(count, self.batch_size, self._world, drop_last=False)
+            yield self._schema.decode(np.concatenate(held)[self.own_part(count)])
         elif full_batches == 0 and start == 0:
             raise ValueError(
-                f"{self._file.path} gives no batch: it has {count} rows where batch_size={self.batch_size} and "
+                f"{self._file.path} gives no batch: it has {count} rows where batch_size={size} and "
                 f"drop_last={self.drop_last}"
             )
+
+    @property
+    def _global_size(self) -> int:
+        """Rows of a batch on all processes together."""
+        return self._world * self.batch_size
 
     def _in_order(self, first: int) -> Iterator[Rows]:
         with self._file.rows(self._start + first, self._schema.columns) as reader:

@@ -4,7 +4,6 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
@@ -61,7 +60,6 @@ class IndexedLoader(ResumableLoader):
         self._indices = indices
         self._transform = transform
         self._prepare = prepare
-        self._rank, self._world = 0, 1
 
     def share(self, rank: int, world: int) -> None:
         """Hand out this process's part of every batch of ``world * batch_size`` samples; nothing is padded or repeated.
@@ -75,24 +73,8 @@ class IndexedLoader(ResumableLoader):
         Raises:
             ValueError: if a process would get nothing of the last batch.
         """
-        rest = self._samples % (world * self.batch_size)
-        if rest < world and (rest > 0 or self._samples == 0) and not self.drop_last:
-            raise ValueError(
-                f"the last batch would have {rest} samples for {world} processes, and each needs at least one "
-                f"({self._samples} samples, batch_size={self.batch_size} per process): use drop_last=True or another "
-                "batch_size"
-            )
-        if self.drop_last and self._samples < world * self.batch_size:
-            raise ValueError(
-                f"the loader would be empty: drop_last=True drops the only batch, which has {self._samples} samples "
-                f"where {world} processes with batch_size={self.batch_size} need {world * self.batch_size}"
-            )
+        check_shares(self._samples, self.batch_size, world, self.drop_last)
         self._rank, self._world = rank, world
-
-    def draw(self) -> int:
-        """Draw the seed of one epoch, the same on all processes."""
-        seed = super().draw()
-        return seed if self._world == 1 else _from_first_process(seed)
 
     @abstractmethod
     def fetch(self, order: torch.Tensor | None, start: int, seed: int | None) -> Iterator[Batch]:
@@ -138,8 +120,8 @@ class IndexedLoader(ResumableLoader):
         """First and one after the last place, in the order of the epoch, of the samples of a batch."""
         size = self._world * self.batch_size
         low = batch * size
-        whole = min(low + size, self._samples) - low
-        return low + whole * self._rank // self._world, low + whole * (self._rank + 1) // self._world
+        part = self.own_part(min(low + size, self._samples) - low)
+        return low + part.start, low + part.stop
 
     def _order(self, seed: int | None) -> torch.Tensor | None:
         if not self.shuffle or seed is None:
@@ -148,10 +130,23 @@ class IndexedLoader(ResumableLoader):
         return order if self._indices is None else self._indices[order]
 
 
-def _from_first_process(seed: int) -> int:
-    shared = [seed]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+def check_shares(samples: int, batch_size: int, world: int, drop_last: bool) -> None:
+    """Check that every one of several processes gets a part of every batch of ``world * batch_size`` samples.
+
+    Raises:
+        ValueError: If one would get nothing of the last batch, or there is no batch.
+    """
+    rest = samples % (world * batch_size)
+    if rest < world and (rest > 0 or samples == 0) and not drop_last:
+        raise ValueError(
+            f"the last batch would have {rest} samples for {world} processes, and each needs at least one "
+            f"({samples} samples, batch_size={batch_size} per process): use drop_last=True or another batch_size"
+        )
+    if drop_last and samples < world * batch_size:
+        raise ValueError(
+            f"the loader would be empty: drop_last=True drops the only batch, which has {samples} samples where "
+            f"{world} processes with batch_size={batch_size} need {world * batch_size}"
+        )
 
 
 def check_batch_size(name: str, value: int) -> None:

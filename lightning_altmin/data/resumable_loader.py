@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lightning_altmin.data.seeding import draw_epoch_seed
 from lightning_altmin.trainer_progress import TrainingProgress
@@ -31,6 +32,7 @@ class ResumableLoader(ABC):
 
     def __init__(self, progress: TrainingProgress | None = None) -> None:
         self._progress = progress
+        self._rank, self._world = 0, 1
         self._epoch: _Epoch | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -59,7 +61,12 @@ class ResumableLoader(ABC):
 
     def draw(self) -> int:
         """Draw the seed of one epoch, the same on all processes that share its batches."""
-        return draw_epoch_seed()
+        seed = draw_epoch_seed()
+        return seed if self._world == 1 else _from_first_process(seed)
+
+    def own_part(self, count: int) -> slice:
+        """Which of the ``count`` samples of a batch this process hands out; all of them, where none are shared."""
+        return slice(count * self._rank // self._world, count * (self._rank + 1) // self._world)
 
     @property
     @abstractmethod
@@ -145,6 +152,12 @@ class ResumableLoader(ABC):
                 "with the settings it was written with, or from a checkpoint written at the end of an epoch"
             )
         self._loaded = state
+
+
+def _from_first_process(seed: int) -> int:
+    shared = [seed]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 class _Epoch(Iterator[Batch]):

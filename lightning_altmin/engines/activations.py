@@ -58,10 +58,6 @@ class ActivationRule(Rule):
         return value(self.module, x), None
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
-        if type(self.module) is nn.ReLU:
-            # max(x + d, 0) - max(x, 0); written so that d keeps its digits where x > 0, and at most one term counts
-            change = -base.x
-            return torch.maximum(difference, change, out=change).add_(base.x.clamp_max(0))
         # Where the two meet, both are exact to rounding: the slope's error is of second order.
         root = torch.finfo(difference.dtype).eps ** 0.5
         small, along = difference.abs() < root, self.input_gradient(difference, base)
@@ -72,3 +68,26 @@ class ActivationRule(Rule):
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         _, slope = _ACTIVATIONS[type(self.module)]
         return slope(self.module, grad, at)
+
+
+@closed_form(nn.ReLU)
+class ReLURule(ActivationRule):
+    """The most common activation, with a change in closed form and without needless memory."""
+
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        # max(x + d, 0) - max(x, 0); written so that d keeps its digits where x > 0, and at most one term counts
+        below = -base.x
+        change = torch.maximum(difference, below)
+        return change.sub_(below.clamp_min_(0))
+
+    def last_change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        # The same, as max(d + min(x, 0), -max(x, 0)); what is subtracted to get it gives the output, too.
+        change = base.x.clamp_max(0).add_(difference)
+        before = base.x.clamp_min_(0).neg_()
+        torch.maximum(change, before, out=change)
+        here.spent(torch.sub(change, before, out=before))
+        return change
+
+    def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        gradient: Tensor = aten.threshold_backward.grad_input(grad, at.x, 0, grad_input=grad)
+        return gradient

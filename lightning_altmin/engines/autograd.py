@@ -106,11 +106,13 @@ class AutogradEngine(StageEngine):
         used = any(not torch.equal(a, b) for a, b in zip(before, _random_state(x.device), strict=True))
         return output, _State(statistics, before if used else None)
 
-    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
-        return self._map(x, state, lambda: batch_norm_state.held(self._norms, state.statistics))
+    def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        return self._map(
+            x if move is None else x + move, state, lambda: batch_norm_state.held(self._norms, state.statistics)
+        )
 
-    def live(self, x: Tensor, state: BatchState) -> StageMap:
-        return self._map(x, state, lambda: batch_norm_state.untracked(self._norms))
+    def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        return self._map(x if move is None else x + move, state, lambda: batch_norm_state.untracked(self._norms))
 
     def _map(self, x: Tensor, state: _State, norms: Callable[[], AbstractContextManager[None]]) -> StageMap:
         def evaluate(inputs: Tensor) -> Tensor:

@@ -25,13 +25,23 @@ class StageMap(ABC):
     def output(self) -> Tensor:
         """Output of the stage, shape ``(batch, *features_out)``."""
 
-    def change(self, base: Tensor, base_output: Tensor, move: Tensor) -> Tensor:
-        """``output() - base_output``, for a stage at ``base + move`` whose output at ``base`` is ``base_output``.
+    def change(self, base_output: Tensor) -> Tensor:
+        """``output() - base_output``, for a map at ``x + move`` of a stage whose output at ``x`` is ``base_output``.
 
         An engine that knows its layers passes the move through them, which keeps its digits where two outputs that are
-        nearly equal would lose them.
+        nearly equal would lose them. It does not look at ``base_output`` if its ``reads_base_output`` is false.
         """
         return self.output() - base_output
+
+    def residual(self, base_output: Tensor, target_move: Tensor, spend: bool = False) -> Tensor:
+        """``output() - (base_output + target_move)``, by `change`: a new tensor, which the caller may overwrite.
+
+        Args:
+            base_output: Output at ``x``.
+            target_move: How far the output was to move.
+            spend: Whether ``x`` and ``target_move`` may be overwritten: nothing but this map will read them.
+        """
+        return self.change(base_output) - target_move
 
     @abstractmethod
     def layer_input(self, layer: nn.Module) -> Tensor:
@@ -64,14 +74,16 @@ class StageEngine(ABC):
     """
 
     kind: ClassVar[str]
+    reads_base_output: ClassVar[bool] = True
+    """Whether `StageMap.change` and `StageMap.residual` look at the output that they are given."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
         """Training-time forward pass of the stage, without a graph."""
 
     @abstractmethod
-    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
-        """The stage at ``x`` with the batch's state held fixed (code step)."""
+    def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        """The stage at ``x``, or at ``x + move``, with the batch's state held fixed (code step)."""
 
     def repeated_coupling(
         self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
@@ -80,5 +92,5 @@ class StageEngine(ABC):
         return None
 
     @abstractmethod
-    def live(self, x: Tensor, state: BatchState) -> StageMap:
-        """The stage at ``x`` with batch statistics recomputed (weight step)."""
+    def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        """The stage at ``x``, or at ``x + move``, with batch statistics recomputed (weight step)."""

@@ -8,52 +8,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines.base import BatchState, CouplingGradient, Gradients, StageEngine, StageMap
+from lightning_altmin.engines.base import BatchState, CouplingGradient, StageEngine, StageMap
+from lightning_altmin.engines.chain import Chain
 from lightning_altmin.engines.gram import GramCoupling, gram_pays
-from lightning_altmin.engines.rule import Rule, chain
-
-
-class ClosedFormMap(StageMap):
-    """A chain of rules at one input."""
-
-    def __init__(self, rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> None:
-        self._points = chain(rules, x, states)
-
-    def output(self) -> Tensor:
-        return self._points[-1].y
-
-    def change(self, base: Tensor, base_output: Tensor, move: Tensor) -> Tensor:
-        below = chain([p.rule for p in self._points], base, [p.state for p in self._points])
-        for there, here in zip(below, self._points, strict=True):
-            move = here.rule.change(move, there, here)
-        return move
-
-    def layer_input(self, layer: nn.Module) -> Tensor:
-        return next(point.x for point in self._points if point.rule.module is layer)
-
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        for point in reversed(self._points):
-            grad_output = point.rule.input_gradient(grad_output, point)
-        return grad_output
-
-    def parameter_gradients(self, grad_output: Tensor) -> Gradients:
-        trained = [point.rule.trained for point in self._points]
-        if not any(trained):
-            return []
-        lowest = trained.index(True)  # nothing below the lowest trained layer needs a gradient
-        gradients: Gradients = []
-        for index in range(len(self._points) - 1, lowest - 1, -1):
-            point = self._points[index]
-            gradients += point.rule.parameter_gradients(grad_output, point)
-            if index > lowest:
-                grad_output = point.rule.input_gradient(grad_output, point)
-        return gradients
+from lightning_altmin.engines.rule import Rule
 
 
 class ClosedFormEngine(StageEngine):
     """Evaluates a stage by the rules of its layers. Exact: it agrees with autograd to rounding."""
 
     kind: ClassVar[str] = "closed_form"
+    reads_base_output: ClassVar[bool] = False
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._fixed = [_RULES[type(m)](m) for m in pooled_first(modules)]
@@ -67,8 +32,8 @@ class ClosedFormEngine(StageEngine):
             states.append(state)
         return x, states
 
-    def fixed(self, x: Tensor, state: BatchState) -> StageMap:
-        return ClosedFormMap(self._fixed, x, state)
+    def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        return _chain(self._fixed, x, state, move)
 
     def repeated_coupling(
         self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
@@ -81,8 +46,13 @@ class ClosedFormEngine(StageEngine):
             return None
         return GramCoupling(self._fixed[:-1], last, base, state[:-1], target_move)
 
-    def live(self, x: Tensor, state: BatchState) -> StageMap:
-        return ClosedFormMap(self._live, x, state)
+    def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
+        return _chain(self._live, x, state, move)
+
+
+def _chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any], move: Tensor | None) -> Chain:
+    chain = Chain(rules, x, states)
+    return chain if move is None else chain.moved(move)
 
 
 def pooled_first(modules: Sequence[nn.Module]) -> list[nn.Module]:

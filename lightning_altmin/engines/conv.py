@@ -21,11 +21,20 @@ def _is_plain(conv: _ConvNd) -> bool:
 class ConvRule(Rule):
     """Cross-correlation with zero padding; stride, dilation and groups as the module says."""
 
+    reads_base = False
+    makes_gradients = True
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        return self._apply(x, self.module.bias), x.shape
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self._apply(x, self.module.bias), None
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         return product(lambda d: self._apply(d, None), difference)
+
+    def residual(self, difference: Tensor, base: Point, here: Point, target: Tensor, spend: bool) -> Tensor:
+        return self.change(difference, base, here).sub_(target)
 
     def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.module
@@ -34,19 +43,28 @@ class ConvRule(Rule):
         ).to(x.dtype)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
-        return product(lambda g: self._backward(g, at.x, (True, False, False))[0], grad)
+        # The transposed convolution, and not convolution_backward, which would ask for an input to read its shape.
+        conv = self.module
+        covered = [
+            (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
+            for size, stride, padding, dilation, kernel in zip(
+                grad.shape[-len(conv.stride) :], conv.stride, conv.padding, conv.dilation, conv.kernel_size, strict=True
+            )
+        ]
+        left_over = [size - part for size, part in zip(at.state[-len(conv.stride) :], covered, strict=True)]
+        return product(
+            lambda g: torch.convolution(
+                g, conv.weight, None, conv.stride, conv.padding, conv.dilation, True, left_over, conv.groups
+            ),
+            grad,
+        )
 
     def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
         conv = self.module
         wanted = (conv.weight.requires_grad, conv.bias is not None and conv.bias.requires_grad)
-        _, weight, bias = self._backward(grad, at.x, (False, *wanted))
-        return [(p, g) for p, g, w in zip((conv.weight, conv.bias), (weight, bias), wanted, strict=True) if w]
-
-    def _backward(self, grad: Tensor, x: Tensor, wanted: tuple[bool, bool, bool]) -> Any:
-        conv = self.module
-        return torch.ops.aten.convolution_backward(
+        _, weight, bias = torch.ops.aten.convolution_backward(
             grad,
-            x,
+            at.x,
             conv.weight,
             None if conv.bias is None else [conv.out_channels],
             conv.stride,
@@ -55,8 +73,9 @@ class ConvRule(Rule):
             False,
             _zeros(conv),
             conv.groups,
-            wanted,
+            (False, *wanted),
         )
+        return [(p, g) for p, g, w in zip((conv.weight, conv.bias), (weight, bias), wanted, strict=True) if w]
 
 
 def _zeros(conv: _ConvNd) -> list[int]:

@@ -15,6 +15,8 @@ from lightning_altmin.engines.rule import Point, Rule
 class DropoutRule(Rule):
     """``y = x * mask`` with the batch's mask, scaled by ``1 / (1 - p)``; the identity in eval mode."""
 
+    reads_base = False
+
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         if not self.module.training or self.module.p == 0:
             return x, None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines.base import CouplingGradient
-from lightning_altmin.engines.rule import Point, Rule, chain
+from lightning_altmin.engines.chain import Chain
+from lightning_altmin.engines.rule import Rule
 
 
 class GramCoupling(CouplingGradient):
@@ -35,24 +36,15 @@ class GramCoupling(CouplingGradient):
         self, rules: Sequence[Rule], linear: nn.Linear, base: Tensor, states: Sequence[Any], target_move: Tensor
     ) -> None:
         weight = linear.weight.detach()
-        self._rules, self._base, self._states = rules, base, states
-        self._below = chain(rules, base, states)
+        self._below = Chain(rules, base, states)
         self._gram = weight.t() @ weight
         self._pull = target_move @ weight
 
     def __call__(self, move: Tensor | None) -> Tensor:
         if move is None:
-            return self._through(self._below, self._pull.neg())
-        points, difference = chain(self._rules, self._base + move, self._states), move
-        for there, here in zip(self._below, points, strict=True):
-            difference = here.rule.change(difference, there, here)
-        return self._through(points, torch.addmm(self._pull, difference, self._gram, beta=-1))
-
-    @staticmethod
-    def _through(points: Sequence[Point], gradient: Tensor) -> Tensor:
-        for point in reversed(points):
-            gradient = point.rule.input_gradient(gradient, point)
-        return gradient
+            return self._below.input_gradient(self._pull.neg(), own=True)
+        below = self._below.moved(move)
+        return below.input_gradient(torch.addmm(self._pull, below.change(None), self._gram, beta=-1), own=True)
 
 
 def gram_pays(batch: int, linear: nn.Linear, gradients: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,11 +20,20 @@ class LinearRule(Rule):
     Products may run in 16 bits under autocast; what they return is stored as what they were given.
     """
 
+    reads_base = False
+    makes_gradients = True
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return functional.linear(x, self.module.weight, self.module.bias).to(x.dtype), None
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         return product(lambda d: functional.linear(d, self.module.weight), difference)
+
+    def residual(self, difference: Tensor, base: Point, here: Point, target: Tensor, spend: bool) -> Tensor:
+        if target.dim() != 2 or torch.is_autocast_enabled(target.device.type):
+            return self.change(difference, base, here).sub_(target)
+        out = target if spend and target.is_contiguous() else None
+        return torch.addmm(target, difference, self.module.weight.t(), beta=-1, out=out)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         return product(lambda g: g @ self.module.weight, grad)

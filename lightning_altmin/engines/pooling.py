@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch.nn.modules.utils import _pair
 from lightning_altmin.engines.closed_form import closed_form
 from lightning_altmin.engines.rule import Point, Rule, selected
 
+aten = torch.ops.aten
+
 
 class MaxPool2dRule(Rule):
     """Each window's gradient goes to the position of its maximum.
@@ -20,104 +21,138 @@ class MaxPool2dRule(Rule):
     Encode's maxima serve the later phases, which ask for them, and for their positions, at the same code.
     """
 
+    makes_gradients = True
+
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
-        maxima = self.maxima(x)
-        return maxima.y, maxima
+        y, positions = self._maxima(x)
+        return y, (x, y, positions)
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        maxima = state if state is not None and state.x is x else self.maxima(x)
-        return maxima.y, maxima
+        if state is not None and state[0] is x:
+            return state[1], state[2]
+        return self._maxima(x)
 
-    def maxima(self, x: Tensor) -> Maxima | TiledMaxima:
-        """The maximum of each window of ``x``."""
+    def _maxima(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The maximum of each window, and where it stands in its image, counted along rows; the first of equals."""
         pool = self.module
-        found = functional.max_pool2d_with_indices(
+        return functional.max_pool2d_with_indices(
             x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
         )
-        return Maxima(x, *found)
 
     def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         """How far a window's maximum moved: as far as the entry that was largest, if it still is."""
-        moved = difference.flatten(-2).gather(-1, base.saved.positions.flatten(-2)).view_as(base.y)
-        return selected(base.y + moved == here.y, moved, here.y - base.y)
+        change = difference.flatten(-2).gather(-1, base.saved.flatten(-2)).view_as(base.y)
+        return selected(base.y + change == here.y, change, here.y - base.y)
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         pool = self.module
         windows = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), _pair(pool.dilation))
         gradient: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, at.x, *windows, pool.ceil_mode, at.saved.positions
+            grad, at.x, *windows, pool.ceil_mode, at.saved
         )
         return gradient
 
 
-class TiledMaxPool2dRule(MaxPool2dRule):
-    """The same for windows that tile the image: maxima of slices, an order of magnitude faster on a CPU."""
+class TiledMaxPool2dRule(Rule):
+    r"""The same for windows that tile the image, which the library's kernel serves badly on a CPU.
 
-    def maxima(self, x: Tensor) -> Maxima | TiledMaxima:
-        height, width = _pair(self.module.kernel_size)
-        # Rows first: their slices are contiguous.
-        y = _tile_max(_tile_max(x, height, -2), width, -1)
-        return TiledMaxima(x, y, height, width)
+    Everything is done for one entry of all tiles at a time, so that temporary tensors have the size of the output. With
+    ``m`` the move of an entry ``x`` and ``y`` the maximum of its tile,
 
+    .. math::
+        \max_j (x_j + m_j) - \max_j x_j = \max_j (m_j - (y - x_j))
 
-class Maxima:
-    """The maximum of each window.
-
-    Attributes:
-        x: The images, shape ``(batch, channels, height, width)``.
-        y: The maxima.
-        positions: Where each stands in its image, counted along rows; the first of equals.
+    which keeps the digits of the moves, for the entry that was largest has ``y - x = 0``.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, positions: Tensor) -> None:
-        self.x, self.y, self.positions = x, y, positions
+    makes_gradients = True
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        y = self._pooled(x)
+        return y, (x, y)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return (state[1] if state is not None and state[0] is x else self._pooled(x)), None
+
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        moves = _Tiles(base.x, self._entries(base.x), base.y, self._entries(difference))
+        change = moves.entry(0)
+        for index in range(1, moves.count):
+            torch.maximum(change, moves.entry(index), out=change)
+        here.found(base.y + change, (moves, change))
+        return change
+
+    def last_change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        y = base.y
+        for entry, move in zip(self._entries(base.x), self._entries(difference), strict=True):
+            entry.sub_(y).add_(move)
+        change = self._pooled(base.x)
+        here.spent(y + change)
+        return change
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        return self.last_input_gradient(grad.clone(), at)
+
+    def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        """To the first entry, along rows, that is its tile's largest: the entries before it are smaller."""
+        tiles, largest = (_Tiles(at.x, self._entries(at.x)), at.y) if at.saved is None else at.saved
+        gradient = torch.empty_like(tiles.x) if self._fills(tiles.x) else torch.zeros_like(tiles.x)
+        entries = self._entries(gradient)
+        for index in range(tiles.count - 1):
+            entries[index].copy_(grad)
+            # What goes on to later entries is the gradient where this one falls short of the largest.
+            aten.threshold_backward.grad_input(grad, tiles.below(largest, index), 0, grad_input=grad)
+            entries[index].sub_(grad)
+        entries[-1].copy_(grad)
+        return gradient
+
+    def _entries(self, x: Tensor) -> list[Tensor]:
+        """The first entry of every tile, the second, and so on along rows; what fills no tile is left out."""
+        height, width = _pair(self.module.kernel_size)
+        rows, columns = x.shape[-2] // height, x.shape[-1] // width
+        return [x[..., r::height, c::width][..., :rows, :columns] for r in range(height) for c in range(width)]
+
+    def _fills(self, x: Tensor) -> bool:
+        height, width = _pair(self.module.kernel_size)
+        return x.shape[-2] % height == 0 and x.shape[-1] % width == 0
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        first, second, *others = self._entries(x)
+        y = torch.maximum(first, second)
+        for entry in others:
+            torch.maximum(y, entry, out=y)
+        return y
 
 
-class TiledMaxima:
-    """`Maxima` of tiles, whose positions are found when first asked for."""
+class _Tiles:
+    """Images by the entries of their tiles, or ``m - (y - x)`` of images that have moved.
 
-    def __init__(self, x: Tensor, y: Tensor, height: int, width: int) -> None:
-        self.x, self.y = x, y
-        self._height, self._width = height, width
-        self._positions: Tensor | None = None
+    Attributes:
+        x: The images.
+        count: Number of entries in a tile.
+    """
 
-    @property
-    def positions(self) -> Tensor:
-        """Where each maximum stands in its image, counted along rows; the first of equals."""
-        if self._positions is None:
-            self._positions = self._find()
-        return self._positions
+    def __init__(
+        self, x: Tensor, entries: list[Tensor], largest: Tensor | None = None, moves: list[Tensor] | None = None
+    ) -> None:
+        self.x, self.count = x, len(entries)
+        self._entries, self._largest, self._moves = entries, largest, moves
 
-    def _find(self) -> Tensor:
-        rows, columns = self.y.shape[-2:]
-        across = self.x.shape[-1]
-        corners = torch.arange(rows, device=self.x.device).mul_(self._height * across).unsqueeze(1)
-        corners = corners + torch.arange(columns, device=self.x.device).mul_(self._width)
-        positions = corners.expand(self.y.shape).clone(memory_format=torch.contiguous_format)
-        entries = [r[..., c :: self._width][..., :columns] for r in self._rows(rows) for c in range(self._width)]
-        steps = [1] * self._width
-        steps[-1] = across - self._width + 1  # from a row of the tile to the next
-        passed: Tensor | None = None
-        for index, entry in enumerate(entries[:-1]):  # go on where no maximum was met; a tile's last entry is one
-            passed = entry < self.y if passed is None else passed & (entry < self.y)
-            # Sums of integers: picking by a mask (torch.where) takes five times as long on a CPU.
-            positions.add_(passed, alpha=steps[index % self._width])
-        return positions
+    def entry(self, index: int) -> Tensor:
+        """The given entry of every tile; of moved images a new tensor."""
+        if self._largest is None or self._moves is None:
+            return self._entries[index]
+        return torch.sub(self._entries[index], self._largest).add_(self._moves[index])
 
-    def _rows(self, count: int) -> list[Tensor]:
-        return [self.x[..., r :: self._height, :][..., :count, :] for r in range(self._height)]
-
-
-def _tile_max(x: Tensor, size: int, dim: int) -> Tensor:
-    """The largest entry of every tile of ``size`` along ``dim``; what fills no tile is left out."""
-    whole = x.narrow(dim, 0, x.shape[dim] // size * size)
-    slices = [whole[..., j::size] if dim == -1 else whole[..., j::size, :] for j in range(size)]
-    return functools.reduce(torch.maximum, slices)
+    def below(self, largest: Tensor, index: int) -> Tensor:
+        """How far the given entry of every tile is below the largest: a new tensor."""
+        entry = self.entry(index)
+        return largest - entry if self._moves is None else torch.sub(largest, entry, out=entry)
 
 
 def _tiles(pool: nn.MaxPool2d) -> bool:
     return (
-        _pair(pool.kernel_size) == _pair(pool.stride)
+        _pair(pool.kernel_size) == _pair(pool.stride) != (1, 1)
         and _pair(pool.padding) == (0, 0)
         and _pair(pool.dilation) == (1, 1)
         and not pool.ceil_mode
@@ -133,6 +168,8 @@ def max_pool2d_rule(pool: nn.Module) -> Rule:
 @closed_form(nn.AvgPool2d)
 class AvgPool2dRule(Rule):
     """Each window's gradient is shared equally by its positions."""
+
+    reads_base = False
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None
@@ -159,6 +196,8 @@ class AvgPool2dRule(Rule):
 class AdaptiveAvgPool2dRule(Rule):
     """Average over windows chosen so that the output has a given size."""
 
+    reads_base = False
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None
 
@@ -173,6 +212,8 @@ class AdaptiveAvgPool2dRule(Rule):
 @closed_form(nn.Flatten, nn.Unflatten)
 class ReshapeRule(Rule):
     """A change of shape; its derivative is the change back."""
+
+    reads_base = False
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.module(x), None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,26 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """
         return here.y - base.y
 
+    def residual(self, difference: Tensor, base: Point, here: Point, target: Tensor, spend: bool) -> Tensor:
+        """`change` minus ``target``, a new tensor; with ``spend`` it may be written over ``target``."""
+        return self.change(difference, base, here) - target
+
+    def last_change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        """`change` where ``base.x`` may be overwritten, for nothing else will read it, and of ``here`` only ``y``."""
+        return self.change(difference, base, here)
+
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         """Vector-Jacobian product with respect to the input."""
         raise TypeError(f"{type(self).__name__} must define input_gradient")
+
+    def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        """`input_gradient` where ``grad`` may be overwritten, for nothing else will read it."""
+        return self.input_gradient(grad, at)
+
+    reads_base: ClassVar[bool] = True
+    """Whether `change` looks at ``base``."""
+    makes_gradients: ClassVar[bool] = False
+    """Whether `input_gradient` returns memory of its own, neither ``grad`` nor a view of it."""
 
     def parameter_gradients(self, grad: Tensor, at: Point) -> Gradients:
         """Vector-Jacobian products with respect to the module's trainable parameters."""
@@ -60,15 +77,28 @@ class Point:
 
     The laziness is where the engine saves work: ``g W`` needs no forward pass of a Linear, ``g * relu'(c)`` needs
     no output, so the first code iteration costs one matrix product and not two.
+
+    Attributes:
+        base: The same rule where it was moved from, if this is a point of a moved chain.
     """
 
-    __slots__ = ("_below", "_evaluated", "_saved", "_x", "_y", "rule", "state")
+    __slots__ = ("_below", "_evaluated", "_move", "_saved", "_x", "_y", "base", "rule", "state")
 
-    def __init__(self, rule: Rule, state: Any, x: Tensor | None, below: Point | None) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        state: Any,
+        x: Tensor | None,
+        below: Point | None,
+        base: Point | None = None,
+        move: Tensor | None = None,
+    ) -> None:
         self.rule = rule
         self.state = state
+        self.base = base
         self._x = x
         self._below = below
+        self._move = move
         self._y: Tensor | None = None
         self._saved: Any = None
         self._evaluated = False
@@ -77,8 +107,12 @@ class Point:
     def x(self) -> Tensor:
         """Input of the rule."""
         if self._x is None:
-            assert self._below is not None
-            self._x = self._below.y
+            if self._below is not None:
+                self._x = self._below.y
+            else:
+                assert self.base is not None  # else it was spent
+                assert self._move is not None
+                self._x = self.base.x + self._move
         return self._x
 
     @property
@@ -94,20 +128,21 @@ class Point:
         self._evaluate()
         return self._saved
 
+    def found(self, y: Tensor, saved: Any = None) -> None:
+        """Take ``y`` and ``saved`` from a rule that has found them without `Rule.forward`."""
+        self._y, self._saved, self._evaluated = y, saved, True
+
+    def spent(self, y: Tensor) -> None:
+        """Let go of everything but the output, once what the input was before it moved has been overwritten."""
+        if self.base is not None:
+            self.base._x = self.base.state = None
+        self._x = self._move = self.base = self._below = self.state = None
+        self.found(y)
+
     def _evaluate(self) -> None:
         if not self._evaluated:
             self._y, self._saved = self.rule.forward(self.x, self.state)
             self._evaluated = True
-
-
-def chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any]) -> list[Point]:
-    """The rules one after the other at input ``x``."""
-    points: list[Point] = []
-    below: Point | None = None
-    for rule, state in zip(rules, states, strict=True):
-        below = Point(rule, state, x if below is None else None, below)
-        points.append(below)
-    return points
 
 
 def selected(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:

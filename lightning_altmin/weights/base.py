@@ -32,11 +32,10 @@ class WeightProblem:
         objective: Constants and reductions.
         stage: The stage whose parameters are free.
         state: What encode fixed in it for this batch.
-        input: The code below (or x), shape ``(batch, *code)``.
+        forward_input: The forward code below (or x), shape ``(batch, *code)``.
         forward_output: The stage's forward code (or the network's output), as encode found it.
         move: Move of the stage's code, or ``None`` for the output stage.
-        forward_input: The input at which encode found ``forward_output``; ``None`` once the weights have changed.
-        input_move: How far ``input`` is from it, if it is a moved code.
+        input_move: How far the stage's input is from ``forward_input``, if it is a moved code.
         loss: The network's loss at its forward output, with the batch's targets.
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
             coupling's gradient is divided by it. A positive factor leaves the coupling's minimum where it is; this one
@@ -45,15 +44,16 @@ class WeightProblem:
             distance to the moved code.
         processes: Who else has samples of this batch.
         number: Number of the batch, counted from 0 since training began.
+        inner: Number of weight steps already taken on this batch: from the first on, ``forward_output`` is no longer
+            the stage at ``forward_input``.
     """
 
     objective: AltMinObjective
     stage: Stage
     state: BatchState
-    input: Tensor
+    forward_input: Tensor
     forward_output: Tensor
     move: Tensor | None
-    forward_input: Tensor | None
     input_move: Tensor | None
     loss: LossAt
     signal: Tensor | None = None
@@ -61,18 +61,26 @@ class WeightProblem:
     processes: Processes = field(default_factory=Processes)
     passing: bool = False
     """Whether `last_gradients` may let go of the tensors above as soon as it is done with them."""
+    spends: bool = False
+    """Whether nobody else has a use for ``move``, and for a ``forward_input`` that moves: they may be overwritten."""
     number: int = 0
+    inner: int = 0
     residual: Tensor | None = None
-    """``f(input) - target`` of a hidden stage, set by `output_gradient`."""
+    """``f(input) - target`` of a hidden stage, set by `output_gradient` unless ``passing``."""
     # Kept once computed; a cached_property would hold a lock, which cannot be traced.
     _live: StageMap | None = field(default=None, repr=False)
     _output_gradient: Tensor | None = field(default=None, repr=False)
     _smooth: Gradients | None = field(default=None, repr=False)
 
     @property
+    def input(self) -> Tensor:
+        """The code below as the weight step reads it (or x), shape ``(batch, *code)``."""
+        return self.forward_input if self.input_move is None else self.forward_input + self.input_move
+
+    @property
     def known(self) -> bool:
         """Whether the stage at ``input`` is still ``forward_output``."""
-        return self.forward_input is self.input
+        return self.inner == 0 and self.input_move is None
 
     @property
     def target(self) -> Tensor:
@@ -102,7 +110,8 @@ class WeightProblem:
         """`last_gradients` without the l1 term."""
         stage, output_gradient = self.live, self.output_gradient
         if self.passing:
-            del self.input, self.forward_output, self.move, self.forward_input, self.input_move, self.residual
+            for name in ("state", "forward_input", "forward_output", "input_move", "move", "loss"):
+                self.__dict__.pop(name, None)
             self._live = self._output_gradient = None
         return stage.parameter_gradients(output_gradient)
 
@@ -122,7 +131,10 @@ class WeightProblem:
     def live(self) -> StageMap:
         """The stage at ``input``."""
         if self._live is None:
-            self._live = self.stage.live(self.input, self.state)
+            if self.spends and self.stage.is_output and self.input_move is not None:
+                self._live = self.stage.live(self.forward_input.add_(self.input_move), self.state)
+            else:
+                self._live = self.stage.live(self.forward_input, self.state, self.input_move)
         return self._live
 
     @property
@@ -135,21 +147,30 @@ class WeightProblem:
     def _find_output_gradient(self) -> Tensor:
         if self.move is None:
             return (self.loss if self.known else self.loss.elsewhere(self.live.output())).mean_gradient()
+        if self.margins is not None:
+            output = self.forward_output if self.known else self.live.output()
+            if not self.passing:
+                self.residual = output - self.forward_output - self.move
+            gradient = self.margins.gradient(output).div_(output.shape[0])
+            return gradient if self.signal is None else gradient.div_(self.signal)
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
         if self.known:
-            self.residual = -self.move
-        elif self.forward_input is None or self.input_move is None:
-            self.residual = self.live.output() - self.forward_output - self.move
+            residual = self.move.neg_() if self.spends and self.move.is_contiguous() else -self.move
+        elif self.inner > 0 or self.input_move is None:
+            residual = self.live.output() - self.forward_output - self.move
         else:
-            self.residual = self.live.change(self.forward_input, self.forward_output, self.input_move) - self.move
-        if self.margins is None:
-            gradient = self.objective.weight_coupling_gradient(self.residual)
+            live = self.live
+            if self.spends:
+                del self.forward_input, self.state
+            residual = live.residual(self.forward_output, self.move, self.spends)
+        if self.passing:
+            self.move = None
         else:
-            output = self.forward_output if self.known else self.live.output()
-            gradient = self.margins.gradient(output).div_(output.shape[0])
+            self.residual = residual
+        gradient = self.objective.weight_coupling_gradient(residual)
         if self.signal is None:
             return gradient
-        return gradient / self.signal if gradient is self.residual else gradient.div_(self.signal)
+        return gradient / self.signal if gradient is residual else gradient.div_(self.signal)
 
     def _sparsity(self, parameter: nn.Parameter) -> Tensor | None:
         return self.objective.weight_sparsity_gradient(parameter, self.stage.is_output)
@@ -164,6 +185,8 @@ class WeightSolver(nn.Module, ABC):
     Attributes:
         inputs: Which codes the weight step reads; override `inputs_of` to choose per stage.
         steps: Weight steps per batch, >= 1. All of them together are one optimization step of the batch.
+        uses_up: Whether `gradients` asks a problem for ``last_gradients`` and nothing else, so that codes can be freed,
+            or overwritten, as soon as a stage has its gradients.
         sets_weights: Whether the optimizer's step leads to weights that were solved for, and not along a direction:
             then it must not be clipped or averaged over batches.
         traceable: Whether `gradients` can be part of a compiled graph: it keeps nothing from batch to batch.
@@ -171,6 +194,7 @@ class WeightSolver(nn.Module, ABC):
 
     inputs: Inputs = "moved"
     steps: int = 1
+    uses_up: bool = False
     sets_weights: bool = False
     traceable: bool = True
 

@@ -2,50 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_altmin.weights.base import WeightProblem
-from lightning_altmin.weights.memory_form import Memory, MemoryForm
+from lightning_altmin.network import Stage
+from lightning_altmin.weights.base import Inputs, WeightProblem
+from lightning_altmin.weights.diagonal_statistics import DiagonalStatistics
+from lightning_altmin.weights.layer_statistics import LayerStatistics
+from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
+from lightning_altmin.weights.limited_descent import LimitedDescent
+from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
+from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range, precision
+from lightning_altmin.weights.statistics import Preconditioner
 
 Positions = Literal["root", "mean"]
 
 
-class InnovationForm(MemoryForm):
+class InnovationForm(MemoryForm[Preconditioner]):
     r"""Direction :math:`\frac{1}{n \sqrt p} \sum d a^\top (A + ridge)^{-1}`, ``A`` the discounted mean of ``a a^T``.
 
     ``d`` is the gradient of a sample's local problem with respect to the layer's output, the wanted change with its
     sign turned; the sum runs over the ``n`` samples of the batch and their ``p`` positions.
 
     Args:
-        ridge: Relative to the mean of A's diagonal, > 0.
-        every: Batches from one measurement of A to the next; before batch ``every``, at 0 and all powers of two.
+        ridge: Relative to the mean of A's diagonal, in [0.1, 10].
+        forgetting: Discount of A per measurement, in (0, 1].
+        step: The optimizer's learning rate, in (0, 1].
+        limit: Largest change of a layer in one step, relative to its norm at the first, > 0; infinite for no bound.
         positions: What the sum over positions is divided by: their number (``"mean"``) or its ``"root"``.
+        rank: Leading directions of A to keep in layers with more inputs than that, >= 0; 0 keeps its diagonal, ``None``
+            all of A.
+        every: Batches from one measurement of A to the next; before batch ``every``, at 0 and all powers of two.
     """
 
-    keeps_targets = False
-    keeps_inverse = True
+    sets_weights = False
 
-    def __init__(self, ridge: float, every: int, positions: Positions) -> None:
-        self._ridge, self._every = ridge, every
+    def __init__(
+        self,
+        ridge: float = 1.0,
+        forgetting: float = 0.95,
+        step: float = 0.8,
+        limit: float = 0.2,
+        positions: Positions = "root",
+        rank: int | None = None,
+        every: int = 10,
+    ) -> None:
+        super().__init__(forgetting, every)
+        if positions not in ("root", "mean"):
+            raise ValueError(f"positions must be 'root' or 'mean', got {positions!r}")
+        if not limit > 0:
+            raise ValueError(f"limit must be a positive number, or math.inf for no bound, got {limit}")
+        if rank is not None and (not isinstance(rank, int) or rank < 0):
+            raise ValueError(f"rank must be an integer >= 0, got {rank}")
+        self._ridge = in_range("ridge", ridge, 0.1, 10, low_is_allowed=True)
+        self._step = in_range("step", step, 0, 1)
+        self._limit, self._rank = limit, rank
         self._power = 0.5 if positions == "root" else 1.0
 
-    def check(self, memory: Memory) -> None:
+    def inputs_of(self, stage: Stage) -> Inputs:
+        return "forward"
+
+    def statistics(self, layer: LeastSquaresLayer) -> Preconditioner:
+        dtype = precision(layer, torch.float32)  # a moving average: sums do not grow
+        if self._rank is None or layer.inputs <= self._rank:
+            return LayerStatistics(layer, dtype, targets=False, inverse=True)
+        return LowRankStatistics(layer, self._rank, dtype) if self._rank > 0 else DiagonalStatistics(layer, dtype)
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> LimitedDescent:
+        return LimitedDescent(groups, lr=self._step, limit=self._limit)
+
+    def check(self, memory: Memory[Preconditioner]) -> None:
         pass  # a gradient exists for any layer in any place
 
     def measures(self, number: int) -> bool:
         early = number & (number - 1) == 0  # 0, 1, 2, 4, 8: a young mean changes fast
-        return number % self._every == 0 or (early and number < self._every)
+        return number % self.every == 0 or (early and number < self.every)
 
     def renews(self, number: int) -> bool:
         return self.measures(number)
 
-    def targets(self, problem: WeightProblem, memory: Memory) -> tuple[Tensor | None, Tensor | None]:
+    def targets(self, problem: WeightProblem, memory: Memory[Preconditioner]) -> tuple[None, None]:
         return None, None
 
-    def direction(self, problem: WeightProblem, memory: Memory) -> Tensor:
+    def direction(self, problem: WeightProblem, memory: Memory[Preconditioner]) -> Tensor:
         layer = memory.layer
         alone = problem.stage.affine == [layer.layer] and problem.forward_output.dim() == 2
         if not alone or problem.input.shape[0] >= layer.outputs:
@@ -56,13 +97,13 @@ class InnovationForm(MemoryForm):
             turned = memory.statistics.preconditioned(inputs)
             return problem.output_gradient.t().to(turned.dtype) @ turned
 
-    def pending(self, problem: WeightProblem, memory: Memory) -> Tensor:
+    def pending(self, problem: WeightProblem, memory: Memory[Preconditioner]) -> Tensor:
         layer = memory.layer
         gradients = dict(problem.smooth_gradients)
         positions = layer.positions(problem.live.layer_input(layer.layer))
         return layer.join([gradients[p] for p in layer.parameters]) / positions**self._power
 
-    def renewed_direction(self, memory: Memory, pending: Tensor | None) -> Tensor:
+    def renewed_direction(self, memory: Memory[Preconditioner], pending: Tensor | None) -> Tensor:
         assert pending is not None
         memory.statistics.renew(self._ridge)
         return memory.statistics.preconditioned(pending)

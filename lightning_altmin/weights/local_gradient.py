@@ -94,6 +94,11 @@ class LocalGradient(WeightSolver):
             children[DEFAULT] = factories[DEFAULT](rest)
         return LayerwiseOptimizer(children)
 
+    @property
+    def uses_up(self) -> bool:  # type: ignore[override]
+        """A subclass with `gradients` of its own may read the problem afterwards."""
+        return type(self).gradients is LocalGradient.gradients
+
     def gradients(self, problem: WeightProblem) -> Gradients:
         """The problem's gradients; uses it up (a subclass that reads it afterwards calls ``problem.gradients()``)."""
         return problem.last_gradients()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,18 +15,20 @@ from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.processes import Processes
 from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 from lightning_altmin.weights.innovation import InnovationForm, Positions
-from lightning_altmin.weights.layer_statistics import LayerStatistics
-from lightning_altmin.weights.least_squares import Cholesky, CoordinateDescent, SolveForm
-from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer, least_squares_layer
-from lightning_altmin.weights.limited_descent import LimitedDescent
+from lightning_altmin.weights.least_squares_layer import least_squares_layer
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
-from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
-from lightning_altmin.weights.memory_form import Memory, MemoryForm
+from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range
+from lightning_altmin.weights.solve import SolveForm
 
 Form = Literal["innovation", "solve"]
 Equations = Literal["cholesky", "bcd"]
 
-_LIMIT = 0.2
+_FORMS: dict[str, type[MemoryForm[Any]]] = {"innovation": InnovationForm, "solve": SolveForm}
+_OWN = {
+    **dict.fromkeys(("step", "limit", "positions", "rank"), "innovation"),
+    **dict.fromkeys(("solver", "lambda_w", "window"), "solve"),
+}
+"""Settings of one form only, and which it is."""
 
 
 class CoactivationMemory(WeightSolver):
@@ -37,10 +38,9 @@ class CoactivationMemory(WeightSolver):
     trained bias is an appended one. Convolutions count every position of every sample.
 
     ``form="innovation"``, the default: :math:`W \leftarrow W + step \cdot \overline{D a^\top} (\bar A + ridge)^{-1}`,
-    bars for means,
-    ``D`` the change that the layer's own problem asks of its output: minus
-    its gradient, which with one code step and forward inputs is backprop's. So this form is then backprop
-    preconditioned by the inputs' second moments. The output layer takes part with the gradient of the loss.
+    bars for means, ``D`` the change that the layer's own problem asks of its output: minus its gradient, which with one
+    code step and forward inputs is backprop's. So this form is then backprop preconditioned by the inputs' second
+    moments. The output layer takes part with the gradient of the loss.
 
     ``form="solve"``, the paper's: :math:`B = \sum c a^\top` is kept too, and every ``every`` batches ``W`` becomes the
     ridge solution (``solver="cholesky"``) or moves towards it by one sweep of `bcd` (``"bcd"``). The output layer is
@@ -48,21 +48,23 @@ class CoactivationMemory(WeightSolver):
 
     Args:
         form: ``"innovation"`` or ``"solve"``.
-        solver: ``"cholesky"`` or ``"bcd"``; of the solve form.
+        solver: ``"cholesky"`` or ``"bcd"``; of the solve form. (The innovation form inverts A by Cholesky factors.)
         ridge: Relative to mean(diag A). Innovation: in [0.1, 10], 1 if not given. Cholesky: >= 0, 1e-3 if not given.
         forgetting: Discount per measurement, in (0, 1]; if not given, 0.95 (innovation) or 1 (solve).
-        step: Step of the innovation form, in (0, 1]; 0.8 if not given. It is the optimizer's learning rate, which
-            schedules may change.
-        limit: Largest change of a layer in one step of the innovation form, relative to its norm, > 0; ``None`` for no
-            bound, and then large steps diverge in networks with convolutions.
-        positions: What the innovation form divides a convolution's sum over positions by: ``"mean"``, their number, or
-            its ``"root"``, which is used if not given. Changes asked for at neighbouring positions agree in part, so
-            their mean is a timid step.
-        rank: Keep only this many leading directions of A, >= 1, in layers with more inputs than that: for wide layers,
-            in the innovation form.
+        step: Of the innovation form, in (0, 1]; 0.8 if not given. It is the optimizer's learning rate, which schedules
+            may change.
+        limit: Of the innovation form: largest change of a layer in one step, relative to its norm at the first step,
+            > 0; 0.2 if not given. ``math.inf`` is no bound, and then large steps diverge in networks with convolutions.
+        positions: Of the innovation form: what a convolution's sum over positions is divided by: ``"mean"``, their
+            number, or its ``"root"``, which is used if not given. Changes asked for at neighbouring positions agree in
+            part, so their mean is a timid step.
+        rank: Of the innovation form: keep only this many leading directions of A in layers with more inputs than that;
+            0 keeps its diagonal only. For wide layers.
         every: Batches from one use of new statistics to the next, >= 1. The innovation form measures at these batches
             (and at 1, 2, 4, ... before the first of them); the solve form solves at them and measures at all.
         lambda_w: Threshold of the shrinkage of ``"bcd"``, >= 0.
+        window: Of the solve form: solve for this many latest tasks only, >= 1. `begin_task` says where they begin, or a
+            ``MemoryPolicy("window")`` in a stream of tasks.
         inputs: Which codes are the layers' inputs; if not given, ``"forward"``, but for hidden layers of the solve form
             ``"moved"``. The output layer's moved input knows the label: fitted to it, the layer would need that move.
         optimizer: Makes the optimizer of parameters that no memory holds: scales of a BatchNorm, a PReLU.
@@ -85,56 +87,43 @@ class CoactivationMemory(WeightSolver):
         ridge: float | None = None,
         forgetting: float | None = None,
         step: float | None = None,
-        limit: float | None = _LIMIT,
+        limit: float | None = None,
         positions: Positions | None = None,
         rank: int | None = None,
         every: int = 10,
         lambda_w: float = 0.0,
+        window: int | None = None,
         inputs: Inputs | None = None,
         optimizer: OptimizerFactory = adam,
     ) -> None:
         super().__init__()
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer >= 1, got {every}")
-        if forgetting is not None and not 0 < forgetting <= 1:
-            raise ValueError(f"forgetting must lie in (0, 1], got {forgetting}")
         if inputs not in (None, "moved", "forward"):
             raise ValueError(f"inputs must be 'moved' or 'forward', got {inputs!r}")
         if not callable(optimizer):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
-        self._form: MemoryForm
-        if form == "innovation":
-            if positions not in (None, "root", "mean"):
-                raise ValueError(f"positions must be 'root' or 'mean', got {positions!r}")
-            self._form = _innovation(solver, ridge, lambda_w, every, positions or "root")
-            self.step = _in_range("step", 0.8 if step is None else step, 0, 1)
-        elif form == "solve":
-            if step is not None:
-                raise ValueError("step belongs to form='innovation': form='solve' goes to the solution itself")
-            if positions is not None or limit not in (None, _LIMIT):
-                raise ValueError(
-                    f"positions={positions!r} and limit={limit} belong to form='innovation': form='solve' goes to the "
-                    "solution itself"
-                )
-            self._form = _solve(solver, ridge, lambda_w, every)
-            self.step = 1.0
-        else:
-            raise ValueError(f"form must be 'innovation' or 'solve', got {form!r}")
-        if limit is not None and not limit > 0:
-            raise ValueError(f"limit must be a positive number or None, got {limit}")
-        if rank is not None and (form != "innovation" or not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"rank must be an integer >= 1, with form='innovation', got {rank} with form={form!r}")
-        self.rank = rank
-        self.limit = limit if form == "innovation" else None
+        self._form = _form(
+            form,
+            solver=solver,
+            ridge=ridge,
+            forgetting=forgetting,
+            step=step,
+            limit=limit,
+            positions=positions,
+            rank=rank,
+            every=every,
+            lambda_w=lambda_w or None,
+            window=window,
+        )
         self.form = form
         self.every = every
-        self.forgetting = (0.95 if form == "innovation" else 1.0) if forgetting is None else forgetting
-        self.sets_weights = form == "solve"
+        self.forgetting = self._form.forgetting
+        self.sets_weights = self._form.sets_weights
+        self.window = window
         self._inputs = inputs
         self._others = optimizer
-        self._memories: dict[str, Memory] = {}
+        self._memories: dict[str, Memory[Any]] = {}
         self._statistics = nn.ModuleDict()
-        self._pending: list[tuple[Memory, Tensor | None]] = []
+        self._pending: list[tuple[Memory[Any], Tensor | None]] = []
         self._batch: int | None = None
         self._processes = Processes()
         self._measured = self._renews = False
@@ -144,7 +133,7 @@ class CoactivationMemory(WeightSolver):
     def inputs_of(self, stage: Stage) -> Inputs:
         if self._inputs is not None:
             return self._inputs
-        return "forward" if self.form == "innovation" or stage.is_output else "moved"
+        return self._form.inputs_of(stage)
 
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
         self._remember(stages)
@@ -159,7 +148,7 @@ class CoactivationMemory(WeightSolver):
             raise ValueError("network has no trainable parameter")
         children: dict[str, Optimizer] = {}
         if held:
-            children["memory"] = LimitedDescent(held, lr=self.step, limit=self.limit)
+            children["memory"] = self._form.optimizer(held)
         if others:
             made = self._others(others)
             inner = made.children if isinstance(made, LayerwiseOptimizer) else {"others": made}
@@ -209,11 +198,10 @@ class CoactivationMemory(WeightSolver):
 
     def synchronize(self) -> None:
         """Sum the statistics over processes, if they hold shares; all of them must call it, before a save for one."""
-        kept = [memory.statistics for memory in self._memories.values()]
-        shared = [each for each in kept if isinstance(each, LayerStatistics)]
+        shared = [memory.statistics for memory in self._memories.values()]
         if self._processes.count == 1 or not any(each.is_share for each in shared):
             return
-        # One flat collective over all layers, of A's upper triangles, B and the number of rows.
+        # One flat collective over all layers: upper triangles of A, B, products with A, numbers of rows.
         parts = [each.packed() for each in shared]
         sums = torch.split(self._processes.sum(torch.cat(parts)), [part.numel() for part in parts])
         for each, whole in zip(shared, sums, strict=True):
@@ -233,11 +221,30 @@ class CoactivationMemory(WeightSolver):
         if not isinstance(self._form, SolveForm):
             raise ValueError(f"form={self.form!r} keeps no targets to solve for; use form='solve'")
         self.synchronize()
-        if empty := [name for name, memory in self._memories.items() if float(memory.statistics.rows) == 0]:
+        if empty := [name for name, memory in self._memories.items() if float(memory.statistics.count()) == 0]:
             raise ValueError(f"the memories of stages {empty} have seen nothing to solve for; train on a batch first")
         for memory in self._memories.values():
             for parameter, value in memory.layer.split(self._form.solution(memory)):
                 parameter.copy_(value)
+
+    @torch.no_grad()
+    def begin_task(self, stages: Sequence[str] | None = None) -> None:
+        """Count what follows as a new task, and drop tasks that leave the window; the weights stay as they are.
+
+        With several processes, all of them must call it.
+
+        Args:
+            stages: Names of the stages whose memories it is for; ``None`` for all.
+
+        Raises:
+            ValueError: If there is no ``window``.
+        """
+        if self.window is None:
+            raise ValueError("begin_task drops tasks that leave the window, but no window was given; set window=...")
+        self.synchronize()  # a task that is over is kept as a whole
+        for name, memory in self._memories.items():
+            if stages is None or name in stages:
+                memory.statistics.begin_task()
 
     @torch.no_grad()
     def discount(self, factor: float, stages: Sequence[str] | None = None) -> None:
@@ -251,7 +258,7 @@ class CoactivationMemory(WeightSolver):
         Raises:
             ValueError: If ``factor`` is out of range.
         """
-        factor = _in_range("factor", factor, 0, 1, low_is_allowed=True)
+        factor = in_range("factor", factor, 0, 1, low_is_allowed=True)
         for name, memory in self._memories.items():
             if stages is None or name in stages:
                 memory.statistics.discount(factor)
@@ -287,56 +294,31 @@ class CoactivationMemory(WeightSolver):
             if not trainable(stage) or (isinstance(weight, nn.Parameter) and not weight.requires_grad):
                 continue
             layer = least_squares_layer(stage)
-            statistics = self._new_statistics(layer)
-            memory = Memory(stage, layer, statistics)
+            statistics = self._form.statistics(layer)
+            memory: Memory[Any] = Memory(stage, layer, statistics)
             self._form.check(memory)
             self._memories[stage.name] = memory
             self._statistics[stage.name.replace(".", "/")] = statistics
 
-    def _new_statistics(self, layer: LeastSquaresLayer) -> LayerStatistics | LowRankStatistics:
-        dtype = self._precision(layer.layer.weight)
-        if self.rank is not None and self.rank < layer.inputs:
-            return LowRankStatistics(layer, self.rank, dtype)
-        return LayerStatistics(layer, dtype, self._form.keeps_targets, self._form.keeps_inverse)
 
-    def _precision(self, weight: Tensor) -> torch.dtype:
-        """Sums over a whole stream need double precision; a moving average does with single."""
-        if weight.dtype == torch.float64 or (self.form == "solve" and weight.device.type != "mps"):
-            return torch.float64
-        return torch.float32
-
-
-def _beside(stage: Stage, memory: Memory | None) -> list[nn.Parameter]:
+def _beside(stage: Stage, memory: Memory[Any] | None) -> list[nn.Parameter]:
     """Trained parameters of a stage that its memory does not hold."""
     own = set() if memory is None else {id(p) for p in memory.layer.parameters}
     return [p for p in trainable(stage) if id(p) not in own]
 
 
-def _in_range(name: str, value: float, low: float, high: float, low_is_allowed: bool = False) -> float:
-    above = value >= low if low_is_allowed else value > low
-    if not (math.isfinite(value) and above and value <= high):
-        raise ValueError(f"{name} must lie in {'[' if low_is_allowed else '('}{low}, {high}], got {value}")
-    return float(value)
+def _form(form: str, **settings: Any) -> MemoryForm[Any]:
+    """The form with the settings that were given, those that are not ``None``.
 
-
-def _innovation(
-    solver: Equations | None, ridge: float | None, lambda_w: float, every: int, positions: Positions
-) -> InnovationForm:
-    if solver == "bcd" or lambda_w != 0:
-        raise ValueError(
-            f"solver={solver!r} and lambda_w={lambda_w} belong to form='solve'; form='innovation' inverts A"
-        )
-    ridge = _in_range("ridge", 1.0 if ridge is None else ridge, 0.1, 10, low_is_allowed=True)
-    return InnovationForm(ridge, every, positions)
-
-
-def _solve(solver: Equations | None, ridge: float | None, lambda_w: float, every: int) -> SolveForm:
-    if solver == "bcd":
-        if ridge is not None:
-            raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")
-        return SolveForm(CoordinateDescent(_in_range("lambda_w", lambda_w, 0, math.inf, low_is_allowed=True)), every)
-    if solver not in (None, "cholesky"):
-        raise ValueError(f"solver must be 'cholesky' or 'bcd', got {solver!r}")
-    if lambda_w != 0:
-        raise ValueError(f"lambda_w={lambda_w} belongs to solver='bcd': the ridge solution shrinks by its ridge")
-    return SolveForm(Cholesky(_in_range("ridge", 1e-3 if ridge is None else ridge, 0, 1e6, low_is_allowed=True)), every)
+    Raises:
+        ValueError: If a setting belongs to the other form.
+    """
+    if form not in _FORMS:
+        raise ValueError(f"form must be 'innovation' or 'solve', got {form!r}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    if form == "innovation" and given.get("solver") == "cholesky":
+        del given["solver"]  # which is how it inverts A
+    for name, value in given.items():
+        if name in _OWN and _OWN[name] != form:
+            raise ValueError(f"{name}={value!r} belongs to form={_OWN[name]!r}, got form={form!r}; leave it out")
+    return _FORMS[form](**given)

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_altmin.network import Stage
-from lightning_altmin.weights.base import WeightProblem
-from lightning_altmin.weights.layer_statistics import LayerStatistics
+from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
-from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
+from lightning_altmin.weights.statistics import Statistics
+
+Kept = TypeVar("Kept", bound=Statistics)
 
 
 @dataclass
-class Memory:
+class Memory(Generic[Kept]):
     """One layer with what is remembered of it."""
 
     stage: Stage
     layer: LeastSquaresLayer
-    statistics: LayerStatistics | LowRankStatistics
+    statistics: Kept
 
 
-class MemoryForm(ABC):
+class MemoryForm(ABC, Generic[Kept]):
     """How statistics become directions; one form serves all layers of a solver.
 
     A direction is a matrix ``(outputs, inputs)`` that the optimizer subtracts from the layer's weights and bias.
+
+    Args:
+        forgetting: Discount per measurement, in (0, 1].
+        every: Batches from one use of new statistics to the next, >= 1.
+
+    Raises:
+        ValueError: If a setting is out of its range.
     """
 
-    keeps_targets: bool
-    """Whether the statistics include B."""
-    keeps_inverse: bool
-    """Whether a damped inverse is kept from batch to batch."""
+    sets_weights: bool
+    """Whether a direction leads to weights that were solved for."""
+
+    def __init__(self, forgetting: float, every: int) -> None:
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer >= 1, got {every}")
+        self.forgetting = in_range("forgetting", forgetting, 0, 1)
+        self.every = every
 
     @abstractmethod
-    def check(self, memory: Memory) -> None:
+    def inputs_of(self, stage: Stage) -> Inputs:
+        """Which codes a stage's layer reads, if the user does not say."""
+
+    @abstractmethod
+    def statistics(self, layer: LeastSquaresLayer) -> Kept:
+        """What to keep of a layer, empty."""
+
+    @abstractmethod
+    def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """What takes the steps."""
+
+    @abstractmethod
+    def check(self, memory: Memory[Kept]) -> None:
         """Refuse a layer this form cannot serve.
 
         Raises:
@@ -51,17 +79,35 @@ class MemoryForm(ABC):
         """Whether statistics are used anew in this batch, after its own were taken."""
 
     @abstractmethod
-    def targets(self, problem: WeightProblem, memory: Memory) -> tuple[Tensor | None, Tensor | None]:
+    def targets(self, problem: WeightProblem, memory: Memory[Kept]) -> tuple[Tensor | None, Tensor | None]:
         """What the layer's output should be, and which samples count; ``None`` for no targets, and for all samples."""
 
     @abstractmethod
-    def direction(self, problem: WeightProblem, memory: Memory) -> Tensor | None:
+    def direction(self, problem: WeightProblem, memory: Memory[Kept]) -> Tensor | None:
         """Of a batch that does not renew; ``None`` leaves the layer as it is."""
 
     @abstractmethod
-    def pending(self, problem: WeightProblem, memory: Memory) -> Tensor | None:
+    def pending(self, problem: WeightProblem, memory: Memory[Kept]) -> Tensor | None:
         """What a batch that renews has to say before the statistics of all processes are in."""
 
     @abstractmethod
-    def renewed_direction(self, memory: Memory, pending: Tensor | None) -> Tensor:
+    def renewed_direction(self, memory: Memory[Kept], pending: Tensor | None) -> Tensor:
         """Of a batch that renews, computed from the new statistics."""
+
+
+def in_range(name: str, value: float, low: float, high: float, low_is_allowed: bool = False) -> float:
+    """The value, if it is in the range.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    above = value >= low if low_is_allowed else value > low
+    if not (math.isfinite(value) and above and value <= high):
+        raise ValueError(f"{name} must lie in {'[' if low_is_allowed else '('}{low}, {high}], got {value}")
+    return float(value)
+
+
+def precision(layer: LeastSquaresLayer, least: torch.dtype) -> torch.dtype:
+    """Of a layer's statistics: its own, or ``least`` where a device has that."""
+    weight = layer.layer.weight
+    return torch.promote_types(weight.dtype, torch.float32 if weight.device.type == "mps" else least)

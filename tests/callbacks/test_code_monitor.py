@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, GradientCodes, LocalGradient
 from lightning_altmin.callbacks import CodeMonitor
-from lightning_altmin.callbacks.dead_units import dead_share
+from lightning_altmin.callbacks.dead_units import alive_units
 from lightning_altmin.network import CodedNetwork
 from tests.callbacks.training import MemoryLogger, Probe, RandomData, module, network, sgd, trainer
 
@@ -145,9 +145,9 @@ def test_dead_units(activation: nn.Module, code: list[list[float]], share: float
     net = CodedNetwork(nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)))
     codes = torch.tensor(code)
     before = codes.clone()
-    dead = dead_share(*net.stages, codes, 1e-3)
-    assert dead is not None
-    assert float(dead) == share
+    alive = alive_units(*net.stages, codes, 1e-3)
+    assert alive is not None
+    assert float((~alive).float().mean()) == share
     assert torch.equal(codes, before)
 
 
@@ -156,9 +156,9 @@ def test_dead_channels() -> None:
     net = CodedNetwork(nn.Sequential(nn.Conv2d(1, 4, 1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)))
     code = -torch.ones(3, 4, 2, 2)
     code[1, 2, 0, 1] = 1.0
-    dead = dead_share(*net.stages, code, 1e-3)
-    assert dead is not None
-    assert float(dead) == 0.75
+    alive = alive_units(*net.stages, code, 1e-3)
+    assert alive is not None
+    assert alive.tolist() == [False, False, True, False]
 
 
 def test_no_dead_units_without_an_activation(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning_altmin.continual import (
     ContinualEvaluation,
     OnlineEWC,
+    OrthogonalWeights,
     PrequentialAccuracy,
     Replay,
     ReservoirBuffer,
@@ -44,7 +45,7 @@ def main(processes: int, mode: str, folder: Path) -> None:
     replay = Replay(ReservoirBuffer(15, seed=3), 4) if mode != "plain" else None
     # 25 training samples per class: the last batch of an epoch has two, one for each process.
     data = TaskStreamDataModule(blob_stream(per_class=25), 16 // processes, 2, eval_batch_size=7, replay=replay)
-    ewc, si = OnlineEWC(0.5, samples=None), SynapticIntelligence(0.5)
+    ewc, si, orthogonal = OnlineEWC(0.5, samples=None), SynapticIntelligence(0.5), OrthogonalWeights(samples=None)
     evaluation, prequential, sees = ContinualEvaluation(every_n_batches=3), PrequentialAccuracy(), Sees()
     path, resumes = folder / f"{processes}.ckpt", mode == "resumed"
     trainer = Trainer(
@@ -55,7 +56,10 @@ def main(processes: int, mode: str, folder: Path) -> None:
         enable_checkpointing=True,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ewc, si, evaluation, prequential, sees, SaveAt("on_train_batch_end", -1 if resumes else 11, path)],
+        callbacks=[
+            *(ewc, si, orthogonal, evaluation, prequential, sees),
+            SaveAt("on_train_batch_end", -1 if resumes else 11, path),
+        ],
         **data.trainer_kwargs(),
     )
     module = backprop(lr=0.1)
@@ -67,6 +71,7 @@ def main(processes: int, mode: str, folder: Path) -> None:
         "trajectory": evaluation.trajectory,
         "fisher": ewc.importance,
         "omega": si.importance,
+        "moments": orthogonal.moments,
         "prequential": prequential.compute(),
         "samples": sees.samples,
         "buffer": None if replay is None else (replay.buffer.x, replay.buffer.size, replay.buffer.seen),

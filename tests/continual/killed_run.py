@@ -23,6 +23,7 @@ from lightning_altmin.continual import (
     MemoryPolicy,
     OnlineEWC,
     OnlineTaskStreamDataModule,
+    OrthogonalWeights,
     PrequentialAccuracy,
     Replay,
     ReservoirBuffer,
@@ -55,7 +56,11 @@ def parts(kind: str) -> tuple[Any, Any, list[Callback]]:
     if kind == "backprop":
         replay = Replay(ClassBalancedBuffer(20), 6)
         data: Any = TaskStreamDataModule(blob_stream(val_split=4), 8, epochs_per_task=3, replay=replay)
-        return backprop(momentum=0.9), data, [TaskEarlyStopping(patience=1), SynapticIntelligence(1.0)]
+        return (
+            backprop(momentum=0.9),
+            data,
+            [TaskEarlyStopping(patience=1), SynapticIntelligence(1.0), OrthogonalWeights()],
+        )
     output = CoactivationMemory(form="solve", every=3, inputs="forward")
     module = AltMinModule(
         small_network(), weights=LayerwiseWeights({"output": output, "default": CoactivationMemory(every=2)})

@@ -35,7 +35,7 @@ def test_two_processes_give_the_matrix_of_one(tmp_path: Path) -> None:
     first, second = run(2, "plain", tmp_path)
     assert Counter(first["samples"]) + Counter(second["samples"]) == Counter(one["samples"])
     assert_equal(first["weights"], second["weights"])
-    for key in ("weights", "fisher", "omega"):
+    for key in ("weights", "fisher", "omega", "moments"):
         torch.testing.assert_close(first[key], one[key], rtol=1e-3, atol=1e-5)
     for result in (first, second):
         assert torch.equal(result["matrix"], one["matrix"])

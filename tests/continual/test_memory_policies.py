@@ -24,9 +24,9 @@ from tests.module.interruption import assert_equal
 from tests.module.problems import weights
 
 
-def remembering(ridge: float = 1e-3) -> AltMinModule:
+def remembering(ridge: float = 1e-3, window: int | None = None) -> AltMinModule:
     """Features trained by gradients, an output layer that is solved for."""
-    output = CoactivationMemory(form="solve", every=1, ridge=ridge, inputs="forward")
+    output = CoactivationMemory(form="solve", every=1, ridge=ridge, inputs="forward", window=window)
     return AltMinModule(
         small_network(), weights=LayerwiseWeights({"output": output, "default": CoactivationMemory(every=2)})
     )
@@ -67,10 +67,12 @@ def test_a_reset_memory_answers_for_the_last_task_only() -> None:
     assert float(kept[1][2]) > 0.8
 
 
-def test_weights_are_those_of_all_samples_at_the_end_of_a_task() -> None:
-    """Catches a task's last batches left out because the next solution was not due yet.
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_weights_are_those_of_all_samples_that_count(window: int | None) -> None:
+    """Catches a task's last batches left out because the next solution was not due yet, and tasks that a window keeps
+    too long or drops too early.
 
-    The oracle is ridge regression on the task's samples, in double precision.
+    The oracle is ridge regression on the samples of all tasks, or of the last ones, in double precision.
     """
     network, seen = small_network(), []
     for parameter in network[0].parameters():
@@ -80,12 +82,13 @@ def test_weights_are_those_of_all_samples_at_the_end_of_a_task() -> None:
         def on_task_end(self, *rest: Any) -> None:
             seen.append(torch.cat([network[2].weight, network[2].bias[:, None]], 1).detach().clone())
 
-    solver = CoactivationMemory(form="solve", every=1000, ridge=1e-2, inputs="forward")
-    fit(AltMinModule(network, weights=solver), blob_data(), MemoryPolicy(), Keep())
-    x, y = torch.empty(0, 8), torch.empty(0).long()
+    solver = CoactivationMemory(form="solve", every=1000, ridge=1e-2, inputs="forward", window=window)
+    policy = MemoryPolicy("keep" if window is None else "window")
+    fit(AltMinModule(network, weights=solver), blob_data(), policy, Keep())
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for task, weight in zip(blob_stream(), seen, strict=True):
-        own_x, own_y = task.train.read(torch.arange(48))
-        x, y = torch.cat([x, own_x]), torch.cat([y, own_y])
+        pairs.append(task.train.read(torch.arange(48)))
+        x, y = (torch.cat(each) for each in zip(*pairs[-(window or 99) :], strict=True))
         a = functional.pad(network[1](network[0](x)), (0, 1), value=1.0).double()
         A = a.t() @ a
         ridge = 1e-2 * A.diagonal().mean() * torch.eye(13, dtype=torch.float64)
@@ -93,13 +96,15 @@ def test_weights_are_those_of_all_samples_at_the_end_of_a_task() -> None:
         torch.testing.assert_close(weight, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["decay", "window"])
 @pytest.mark.parametrize("call", [2, 3, 5])
-def test_memories_resume(call: int, tmp_path: Path) -> None:
-    """Catches statistics that are lost, or discounted twice, by a run that is resumed."""
+def test_memories_resume(call: int, policy: Any, tmp_path: Path) -> None:
+    """Catches statistics that are lost, discounted twice or counted as two tasks by a run that is resumed."""
     path, ends = tmp_path / "saved.ckpt", []
     for ckpt in (None, path):
         saver = SaveAt("on_train_batch_end", call if ckpt is None else -1, path)
-        trainer = fit(remembering(), blob_data(), MemoryPolicy("decay"), ContinualEvaluation(), saver, ckpt=ckpt)
+        module = remembering(window=2 if policy == "window" else None)
+        trainer = fit(module, blob_data(), MemoryPolicy(policy), ContinualEvaluation(), saver, ckpt=ckpt)
         ends.append(state_of(trainer))
     assert_equal(ends[0], ends[1])
 
@@ -110,6 +115,9 @@ def test_memory_policy_errors() -> None:
         fit(AltMinModule(small_network()), blob_data(), MemoryPolicy())
     with pytest.raises(MisconfigurationException, match="needs a module with an AltMin core"):
         fit(backprop(), blob_data(), MemoryPolicy())
+    for module, policy in ((remembering(), "window"), (remembering(window=2), "keep")):
+        with pytest.raises(MisconfigurationException, match="go together"):
+            fit(module, blob_data(), MemoryPolicy(policy))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown layers"):
         fit(remembering(), blob_data(), MemoryPolicy(stages=["nowhere"]))
     for arguments in ({"policy": "some"}, {"policy": "decay", "factor": 1.0}):

@@ -247,3 +247,11 @@ def test_modules_without_reduction_are_functions() -> None:
     assert local_loss(ours) is ours
     assert isinstance(local_loss(functional.mse_loss), MeanSquaredError)
     assert isinstance(local_loss(nn.SmoothL1Loss()), ModuleLoss)
+
+
+@pytest.mark.parametrize("loss", [lambda output, y: (output - y).square().mean(), nn.HuberLoss()])
+def test_the_output_is_left_out_of_graphs(loss: Any) -> None:
+    """Catches a loss differentiated at the network's own output: whoever keeps it would keep a graph per batch."""
+    core = AltMin(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), loss)
+    step = core.step(torch.randn(5, 3), torch.randn(5, 2))
+    assert not any(t.requires_grad for t in (step.output, step.loss, *step.codes, *step.codes_forward))

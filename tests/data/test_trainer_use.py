@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import Dataset
 
 from lightning_altmin.data import CSVDataModule, DatasetSource, IndexedDataModule, Sources, TensorLoader, TensorSource
+from lightning_altmin.data.csv_loader import CSVLoader
 from tests.data.resume_harness import Recorder, fit
 
 
@@ -96,14 +97,49 @@ def test_a_process_without_samples_is_refused() -> None:
     assert [len(loader) for loader in shared(9, 4, 2, drop_last=True)] == [1, 1]
 
 
-def test_streams_serve_one_process(tmp_path: Path) -> None:
-    """Catches processes that all train on the same rows while seeming to share the work."""
-    (tmp_path / "rows.csv").write_text("1,0\n2,1\n")
-    data = CSVDataModule(tmp_path / "rows.csv", batch_size=1)
+def rows(path: Path, count: int, size: int, rank: int, world: int, **settings: Any) -> CSVLoader:
+    """The CSV loader of one of several processes; targets are the numbers of the rows."""
+    path.write_text("".join(f"0,{row}\n" for row in range(count)))
+    data = CSVDataModule(path, batch_size=size, target_column=1, chunk_rows=3, **settings)
     data.setup("fit")
-    data.trainer = SimpleNamespace(world_size=2, global_rank=0, overfit_batches=0)  # type: ignore[assignment]
-    with pytest.raises(RuntimeError, match="CSVLoader serves one process, but the Trainer has 2"):
-        data.train_dataloader()
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, overfit_batches=0)  # type: ignore[assignment]
+    return data.train_dataloader()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("settings", [{}, {"shuffle_buffer": 5}, {"count_rows": False}, {"drop_last": True}], ids=str)
+@pytest.mark.parametrize(("count", "size", "world"), [(16, 4, 2), (21, 4, 2), (22, 2, 4), (7, 7, 3)])
+def test_processes_share_every_batch_of_a_stream(
+    count: int, size: int, world: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Catches rows that are trained on twice, or by nobody, or in another global batch than on one process."""
+    if settings.get("drop_last") and count < size * world:
+        pytest.skip("leaves no batch")
+    seed = 3 if "shuffle_buffer" in settings else None
+    for start in (0, 1) if count > size * world else (0,):  # from the first batch, and resumed
+
+        def targets(loader: CSVLoader, start: int = start) -> list[Any]:
+            return [y.long().tolist() for _, y in loader.batches_from(seed, start)]
+
+        loaders = [rows(tmp_path / "rows.csv", count, size, rank, world, **settings) for rank in range(world)]
+        parts = [targets(loader) for loader in loaders]
+        whole = targets(rows(tmp_path / "rows.csv", count, size * world, 0, 1, **settings))
+        assert [[y for part in batch for y in part] for batch in zip(*parts, strict=True)] == whole
+        sizes = [[len(batch) for batch in found] for found in zip(*parts, strict=True)]
+        assert all(max(batch) - min(batch) <= 1 and min(batch) >= 1 for batch in sizes)
+        if settings.get("count_rows", True):
+            assert all(len(loader) == start + len(whole) for loader in loaders)
+        assert loaders[0].layout() == rows(tmp_path / "rows.csv", count, size * world, 0, 1, **settings).layout()
+
+
+def test_a_process_without_rows_is_refused(tmp_path: Path) -> None:
+    """Catches a process that waits for a batch that it never gets, at the end of a stream whose length is not known."""
+    with pytest.raises(ValueError, match="last batch would have 1 samples for 2 processes"):
+        rows(tmp_path / "rows.csv", 9, 4, 0, 2)
+    for rank in range(2):
+        batches = rows(tmp_path / "rows.csv", 9, 4, rank, 2, count_rows=False).batches_from(None, 0)
+        assert len(next(batches)[1]) == 4
+        with pytest.raises(ValueError, match=r"last batch would have 1 samples for 2 processes.*batch_size=4 per"):
+            next(batches)
 
 
 class NumberedItems(Dataset[tuple[torch.Tensor, int]]):

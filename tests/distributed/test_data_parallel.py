@@ -229,6 +229,30 @@ def test_running_statistics_are_averaged() -> None:
         torch.testing.assert_close(state["variance"], variance, atol=1e-12, rtol=1e-12)
 
 
+def test_batch_norms_gradients_are_averaged() -> None:
+    """Catches gradients through statistics of other samples. Oracle: without momentum, SGD is linear in the gradients.
+
+    So the weights after a step of two processes are the weighted mean of those after a step on either part alone.
+    """
+    (batch,) = batches((6,), 8, 1, torch.float64)
+    sizes = (5, 3)
+
+    def stepped(batch: tuple[Tensor, Tensor], processes: Processes | None = None) -> State:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 7), nn.Tanh())
+        network.append(nn.Linear(7, CLASSES))
+        weights = LocalGradient(lambda params: torch.optim.SGD(params, lr=0.5))
+        codes = GradientCodes(steps=2)
+        core = AltMin(network.double(), nn.CrossEntropyLoss(), codes=codes, weights=weights, processes=processes)
+        core.step(*batch)
+        return {name: value.detach() for name, value in network.named_parameters()}
+
+    found = launch(2, join_gloo(lambda rank: stepped(part(batch, sizes, rank), DataParallel())))
+    one, other = (stepped(part(batch, sizes, rank)) for rank in range(2))
+    expected = {name: (5 * one[name] + 3 * other[name]) / 8 for name in one}
+    compare(found, expected, 1e-12)
+
+
 DIFFERENCES: dict[str, tuple[Any, str]] = {
     "weights": (lambda rank: _reseeded(rank), "start with different weights: call processes.broadcast"),
     "model": (lambda rank: nn.Sequential(nn.Linear(6, 8 + rank), nn.ReLU(), nn.Linear(8 + rank, 3)), "differ in model"),

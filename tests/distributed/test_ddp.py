@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_altmin import AltMinModule, CurvatureCodes, LocalGradient
-from lightning_altmin.data import IndexedDataModule, Sources, TensorSource
+from lightning_altmin.data import CSVDataModule, IndexedDataModule, Sources, TensorSource
 from lightning_altmin.guard import NonFiniteError
 from tests.distributed.gloo import launch
 from tests.distributed.problems import NETWORKS, OPTIMIZERS, batches, part
@@ -127,6 +127,26 @@ def test_single_precision() -> None:
     for one in (*found, expected):  # a ratio of two sums, each of them rounded
         one["core.codes.curvature"] = one["core.codes.curvature"].float().round(decimals=4)
     compare(found, expected, 1e-6)
+
+
+def test_bf16_mixed() -> None:
+    """Catches gradients that are averaged in sixteen bits, or weights that differ between processes.
+
+    A sample's code is the same number on any process; what is left is the rounding of sums: 2e-3 of the largest weight.
+    """
+    data = [(x.float(), y) for x, y in whole()]
+
+    def run(fit: Trainer, part: Any) -> State:
+        model = module(weights=LocalGradient(OPTIMIZERS["sgd"])).float()
+        fit.fit(model, loader(part))
+        return {name: value for name, value in model.state_dict().items() if "network" in name}
+
+    start = {name: value for name, value in module().float().state_dict().items() if "network" in name}
+    found = launch(2, lambda rank: run(ddp(precision="bf16-mixed"), parts(data, rank)))
+    expected = run(trainer(devices=1, precision="bf16-mixed"), data)
+    assert all(value.dtype == torch.float32 for value in found[0].values())
+    assert all(float((value - expected[name]).abs().max()) > 0.01 for name, value in start.items()), "nothing trained"
+    compare(found, expected, 2e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
@@ -269,13 +289,28 @@ class Drawn(IndexedDataModule):
         return Sources(TensorSource(*batches((6,), 22, 1, torch.float64)[0]), val=TensorSource(*whole()[0]))
 
 
-def test_data_modules_deal_out_the_batches_of_one_process() -> None:
+def stream(folder: Path, samples: int = 22) -> Any:
+    """Makes data modules that stream as many samples from a file, shuffled in blocks."""
+    x, y = batches((6,), samples, 1, torch.float64)[0]
+    table = torch.cat([y[:, None].double(), x], 1).tolist()
+    (folder / "rows.csv").write_text("".join(",".join(map(repr, row)) + "\n" for row in table))
+
+    def make(batch_size: int, eval_batch_size: int) -> CSVDataModule:
+        settings = {"num_classes": 3, "val_rows": 4, "dtype": "float64", "shuffle_buffer": 7}
+        return CSVDataModule(folder / "rows.csv", batch_size, eval_batch_size, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["in memory", "stream"])
+def test_data_modules_deal_out_the_batches_of_one_process(kind: str, tmp_path: Path) -> None:
     """Catches processes that shuffle differently or evaluate the same samples: the run must be that of one process."""
+    make = Drawn if kind == "in memory" else stream(tmp_path)
 
     def run(fit: Trainer, seed: int, size: int) -> State:
         model = module()
         seed_everything(seed, verbose=False)
-        fit.fit(model, datamodule=Drawn(batch_size=size, eval_batch_size=4))
+        fit.fit(model, datamodule=make(batch_size=size, eval_batch_size=4))
         return state(model, fit)
 
     def share(rank: int) -> State:

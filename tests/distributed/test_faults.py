@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import signal
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,11 +17,13 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from lightning_altmin import AltMinModule
+from lightning_altmin.checkpoint_files import CheckpointError
 from lightning_altmin.strategies import ProcessLostError
-from tests.distributed.gloo import start
-from tests.distributed.test_ddp import Drawn, compare, ddp, loader, module, state, trainer, whole
+from tests.distributed.gloo import launch, start
+from tests.distributed.test_ddp import Drawn, compare, ddp, loader, module, parts, state, trainer, whole
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
@@ -91,9 +95,34 @@ def test_the_others_end_and_a_new_run_goes_on_bit_equal(tmp_path: Path, victim: 
     compare([state(model, fit)], straight())
 
 
+@pytest.mark.parametrize("batch", [1, 2], ids=["in an epoch", "in the last batch of an epoch"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigterm_ends_all_long_before_the_timeout(tmp_path: Path, victim: int, batch: int) -> None:
+    """Catches an exchange that the signal adds on one process: the others would wait for a partner of another kind."""
+
+    def share(rank: int) -> None:
+        strategy = DDPStrategy(timeout=timedelta(minutes=30))
+        saves = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=0)
+        signals = [Signal(batch, signal.SIGTERM)] if rank == victim else []
+        fit = ddp(strategy=strategy, enable_checkpointing=True, callbacks=[saves, *signals])
+        fit.fit(fresh(), datamodule=Drawn(batch_size=4, eval_batch_size=4))
+
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    workers = start(2, share, (), folder)
+    for worker in workers:
+        worker.join(SECONDS)
+    waiting = [worker.is_alive() for worker in workers]
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    assert waiting == [False, False]
+    assert not list(folder.glob("result*")), "a process went on"
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
-    """Catches a checkpoint that is written in place: the disk is full for the second one."""
-    kept = tmp_path / "run.ckpt"
+    """Catches a checkpoint that is written in place, half a file left beside it, an error that names no file."""
+    kept = tmp_path / "kept" / "last.ckpt"
     data = whole()
 
     class Full(Callback):
@@ -101,36 +130,129 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
             trainer.save_checkpoint(kept)
             if trainer.current_epoch == 0:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writes fail as on a full disk
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
     def run(rank: int) -> str:
         try:
             trainer(devices=1, callbacks=[Full()]).fit(module(), loader(data))
-        except OSError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            (tmp_path / "error").write_text(str(error))
-        return "done"
+        except CheckpointError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            return str(error)
+        return "no error"
 
     folder = tmp_path / "processes"
     folder.mkdir()
     (worker,) = start(1, run, (), folder)
     worker.join(SECONDS)
-    assert "File too large" in (tmp_path / "error").read_text()
-    assert torch.load(kept, weights_only=True)["epoch"] == 0
-    assert torch.load(kept, weights_only=True)["global_step"] == len(data)
+    said = torch.load(folder / "result0", weights_only=False)
+    assert f"the checkpoint '{kept}' could not be written: File too large" in said
+    assert list(kept.parent.iterdir()) == [kept]
+    assert torch.load(kept, weights_only=True)["global_step"] == len(data)  # of the first epoch
+    model, fit = module(), trainer(devices=1)
+    fit.fit(model, loader(data), ckpt_path=kept, weights_only=True)
+    straight, alone = module(), trainer(devices=1)
+    alone.fit(straight, loader(data))
+    compare([state(model, fit)], state(straight, alone), 0.0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path, share: float) -> None:
-    """Catches a run that goes on from half a checkpoint."""
+class Bomb:
+    """Kills the process that writes it, when what comes before it in the file is written."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return str, ()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_process_killed_while_writing_leaves_the_checkpoint_before(tmp_path: Path, elsewhere: bool) -> None:
+    """Catches a file that is written in its place, and one that is moved there from another file system, so copied."""
+    kept = tmp_path / "kept" / "last.ckpt"
+    data = whole()
+
+    def run(rank: int) -> None:
+        model, fit = module(), trainer(devices=1, max_epochs=1)
+        fit.fit(model, loader(data))
+        fit.save_checkpoint(kept)
+        if elsewhere:
+            tempfile.tempdir = str(tmp_path / "of another file system, and not there")
+            fit.save_checkpoint(kept)
+        model.on_save_checkpoint = lambda checkpoint: checkpoint.update(bomb=Bomb())  # type: ignore[method-assign]
+        fit.save_checkpoint(kept)
+
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    (worker,) = start(1, run, (), folder)
+    worker.join(SECONDS)
+    assert worker.exitcode == -signal.SIGKILL
+    model, fit = module(), trainer(devices=1)
+    fit.fit(model, loader(data), ckpt_path=kept, weights_only=True)
+    straight, alone = module(), trainer(devices=1)
+    alone.fit(straight, loader(data))
+    compare([state(model, fit)], state(straight, alone), 0.0)
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "empty": (lambda content: b"", "it is empty"),
+    "half": (lambda content: content[: len(content) // 2], "its end is missing"),
+    "without its end": (lambda content: content[:-100], "its end is missing"),
+    "no checkpoint": (lambda content: b"to be or not to be", "its end is missing, or it is no checkpoint"),
+    "a changed bit": (lambda content: _flipped(content), "the checksum of its part '.*' is wrong"),
+}
+
+
+def _flipped(content: bytes) -> bytes:
+    """One bit of the first layer's weights is another; torch loads such a file and says nothing."""
+    weight = module().network.state_dict()["0.weight"].numpy().tobytes()
+    assert content.count(weight) == 1
+    place = content.index(weight) + 100
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    """Catches a run that goes on from half a checkpoint or a spoiled one, and an error that does not say so."""
     kept = tmp_path / "run.ckpt"
-    fit = trainer(devices=1, max_epochs=1)
-    fit.fit(module(), loader(whole()))
+    trained = module()
+    fit = trainer(devices=1, max_epochs=1, limit_train_batches=0)
+    fit.fit(trained, loader(whole()))
     fit.save_checkpoint(kept)
-    content = kept.read_bytes()
-    kept.write_bytes(content[: int(share * len(content))])
+    spoil, reason = DAMAGES[damage]
+    kept.write_bytes(spoil(kept.read_bytes()))
     model = module()
+    with torch.no_grad():
+        model.network[0].weight.add_(1.0)
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
-    with pytest.raises((RuntimeError, OSError, EOFError)):  # torch's own words
+    said = rf"(?s)the checkpoint '{kept}' \(.* bytes\) is cut off or damaged: .*{reason}.*go on from an earlier"
+    with pytest.raises(CheckpointError, match=said):
         trainer(devices=1).fit(model, loader(whole()), ckpt_path=kept)
+    with pytest.raises(CheckpointError, match=said):
+        trainer(devices=1).validate(model, loader(whole()), ckpt_path=kept)
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+    with pytest.raises(CheckpointError, match=said):
+        AltMinModule.load_from_checkpoint(kept, network=model.network)
+
+
+def test_a_whole_file_that_torch_refuses_keeps_torchs_reason(tmp_path: Path) -> None:
+    """Catches an untrusted object, or a missing file, that is called a damaged file."""
+    torch.save({"state_dict": module()}, tmp_path / "run.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        trainer(devices=1).fit(module(), loader(whole()), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
+        trainer(devices=1).fit(module(), loader(whole()), ckpt_path=tmp_path / "none.ckpt")
+
+
+def test_another_model_on_one_process() -> None:
+    """Catches a process that waits for ever for parameters that the others do not have, under the Trainer."""
+
+    def share(rank: int) -> str:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(6, 8 + rank), nn.ReLU(), nn.Linear(8 + rank, 3)).double()
+        try:
+            ddp().fit(AltMinModule(network), loader(parts(whole(), rank)))
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        return "no error"
+
+    said = launch(2, share)
+    assert "no error" not in said
+    assert any("appears not to match sizes" in each for each in said), said

@@ -57,3 +57,41 @@ def test_engines_agree_on_random_compositions(chain: tuple[nn.Sequential, Tensor
             assert largest_difference(a.input_gradient(grad), b.input_gradient(grad)) <= TOLERANCE
         assert torch.equal(torch.get_rng_state(), before)
         assert all(torch.equal(b, buffers_expected[n]) for n, b in network.named_buffers())
+
+
+@given(chains(), st.sampled_from(["fixed", "live"]), st.sampled_from([1.0, 1e-3]))
+@settings(max_examples=60, deadline=None)
+def test_moved_chains_agree_with_autograd(chain: tuple[nn.Sequential, Tensor], view: str, size: float) -> None:
+    """Catches a move that is added twice or to the wrong layer, and a rule that has spent what a later one reads: the
+    residual, and the gradients asked for after it, are those at ``x + move``, whether or not ``x`` was overwritten.
+    """
+    network, x = chain
+    modules = list(network)
+    if not modules:
+        return
+    move = size * torch.randn_like(x)
+    with torch.no_grad():
+        ours, theirs = (stage_engine(modules, kind) for kind in ("closed_form", "autograd"))
+        random = torch.get_rng_state()
+        kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        output, state = theirs.encode(x)
+        expected = getattr(theirs, view)(x, state, move)
+        target, grad = torch.randn_like(output), torch.randn_like(output)
+        residual = expected.output() - getattr(theirs, view)(x, state).output() - target
+        for spend in (False, True):
+            torch.set_rng_state(random)
+            for name, buffer in network.named_buffers():
+                buffer.copy_(kept[name])
+            code, taken = x.clone(), target.clone()
+            _, state = ours.encode(code)
+            at = getattr(ours, view)(code, state, move)
+            found = at.residual(output, taken, spend)
+            assert largest_difference(found, residual) <= TOLERANCE
+            if view == "live":
+                wanted = {id(p): g for p, g in expected.parameter_gradients(grad)}
+                for parameter, gradient in at.parameter_gradients(grad):
+                    assert largest_difference(gradient, wanted[id(parameter)]) <= TOLERANCE
+            if not spend:
+                assert torch.equal(code, x)
+                assert torch.equal(taken, target)
+                assert largest_difference(at.input_gradient(grad), expected.input_gradient(grad)) <= TOLERANCE

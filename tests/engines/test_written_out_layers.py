@@ -227,5 +227,5 @@ def test_tiny_moves_across_a_kink(activation: nn.Module, x: float, move: float, 
     engine = stage_engine([activation], kind)
     base, moved = (torch.tensor([[value]], dtype=torch.float64) for value in (x, x + move))
     output, state = engine.encode(base)
-    found = engine.fixed(moved, state).change(base, output, moved - base)
+    found = engine.fixed(base, state, moved - base).change(output)
     torch.testing.assert_close(found, torch.tensor([[change]], dtype=torch.float64), rtol=1e-6, atol=3e-16)

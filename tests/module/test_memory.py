@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_altmin import AltMinModule, CoactivationMemory, LayerwiseWeights, LocalGradient
 from tests.module.interruption import assert_resumes
@@ -17,9 +18,10 @@ from tests.module.problems import Record, loader, network, trainer
 SOLVERS: dict[str, Any] = {
     "innovation": lambda: CoactivationMemory(every=3),
     "low rank": lambda: CoactivationMemory(every=2, rank=3),
+    "diagonal": lambda: CoactivationMemory(every=2, rank=0),
     "mixed": lambda: LayerwiseWeights({"output": LocalGradient(), "default": CoactivationMemory(every=4)}),
     "solved output": lambda: LayerwiseWeights(
-        {"output": CoactivationMemory("solve", every=4), "default": CoactivationMemory()}
+        {"output": CoactivationMemory("solve", every=4, window=2), "default": CoactivationMemory()}
     ),
 }
 
@@ -58,6 +60,34 @@ def test_statistics_follow_the_module() -> None:
     assert isinstance(module.network, nn.Sequential)
     module.to(torch.float64)
     assert all(module.state_dict()[name].dtype == torch.float64 for name in held)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"rank": 3}, torch.float32),
+        ({"rank": 0}, torch.float32),
+        ({"form": "solve"}, torch.float64),
+        ({"form": "solve", "solver": "bcd", "every": 1}, torch.float64),
+    ],
+)
+def test_mixed_precision_does_not_reach_the_statistics(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Catches sums of products in 16 bits: of the first layer, whose inputs are the data, they are exact."""
+    layer, x = nn.Linear(4, 5), torch.arange(48.0).reshape(12, 4) + 257  # no bfloat16, nor are the products
+    module = AltMinModule(
+        nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)), weights=CoactivationMemory(inputs="forward", **settings)
+    )
+    data = DataLoader(TensorDataset(x, torch.randint(3, (12,))), batch_size=12)
+    trainer(max_epochs=1, precision="bf16-mixed").fit(module, data)
+    state = {name: value for name, value in module.state_dict().items() if "_statistics.0." in name}
+    assert {value.dtype for value in state.values()} == {dtype}
+    a = torch.cat([x, torch.ones(12, 1)], 1).double()
+    exact = {"A": a.t() @ a, "trace": a.square().sum(), "squares": a.square().sum(0)}
+    kept = [name for name in exact if f"core.weights._statistics.0.{name}" in state]
+    assert len(kept) == 1
+    found = state[f"core.weights._statistics.0.{kept[0]}"].double()
+    torch.testing.assert_close(found, exact[kept[0]], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("settings", [{"accumulate_batches": 2}, {"gradient_clip_norm": 1.0}])

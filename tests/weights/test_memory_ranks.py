@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from lightning_altmin import AltMin, CoactivationMemory, GradientCodes
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies import DataParallel
-from tests.weights.gloo import run
+from tests.distributed.gloo import join_gloo, launch
 
 SETTINGS: list[dict[str, Any]] = [
     {"every": 3},
+    {"every": 3, "rank": 4},
+    {"every": 3, "rank": 0},
     {"form": "solve", "every": 2},
     {"form": "solve", "every": 3, "forgetting": 0.8},
     {"form": "solve", "every": 2, "solver": "bcd", "lambda_w": 1e-4},
+    {"form": "solve", "every": 2, "window": 2},
 ]
 
 
@@ -53,12 +56,19 @@ class Counting(DataParallel):
         return super().sum(vector)
 
 
+def run(core: AltMin, rank: int, count: int) -> None:
+    """Train on a process's part of each batch; a memory with a window begins a task amid shares of another."""
+    for number, (x, y) in enumerate(stream()):
+        if number == 3 and core.weights.window is not None:
+            core.weights.begin_task()
+        core.step(x.chunk(count)[rank], y.chunk(count)[rank])
+
+
 def train(rank: int, settings: dict[str, Any], count: int) -> tuple[dict[str, Tensor], int, int]:
     """Every process trains on its part of each batch."""
     core, sizes = model(settings, Counting()), []
     core.processes.sizes = sizes
-    for x, y in stream():
-        core.step(x.chunk(count)[rank], y.chunk(count)[rank])
+    run(core, rank, count)
     before_save = len(sizes)
     state = {name: value for name, value in core.state_dict().items() if "codes." not in name}
     return state, before_save, sizes[-1]
@@ -71,7 +81,7 @@ def train_all(rank: int, count: int) -> list[tuple[dict[str, Tensor], int, int]]
 @pytest.fixture(scope="module")
 def two_processes() -> list[Any]:
     """Of each of two processes, its results with all settings: starting processes is most of the time."""
-    return run(train_all, 2, 2)
+    return launch(2, join_gloo(train_all), 2)
 
 
 @pytest.mark.slow
@@ -82,17 +92,23 @@ def test_two_processes_equal_one(index: int, two_processes: list[Any]) -> None:
     """
     settings = SETTINGS[index]
     alone = model(settings)
-    for x, y in stream():
-        alone.step(x, y)
+    run(alone, 0, 1)
     (first, calls, numbers), (second, *_) = (results[index] for results in two_processes)
     expected = {name: value for name, value in alone.state_dict().items() if "codes." not in name}
     for name, value in expected.items():
         torch.testing.assert_close(first[name], value, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
-    solves = settings.get("form") == "solve"
-    assert calls == (7 // settings["every"] if solves else 5)  # innovation: after batches 0, 1, 2, 3, 6
-    size = sum(n * (n + 1) // 2 + 1 + (n * o if solves else 0) for n, o in ((10, 3), (49, 6), (7, 4)))
-    assert numbers == size  # upper triangles, one vector for all layers
+    solves = settings.get("form") == "solve"  # innovation: after batches 0, 1, 2, 3, 6
+    assert calls == (7 // settings["every"] + ("window" in settings) if solves else 5)
+    assert numbers == sum(numbers_of(settings, inputs, outputs) for inputs, outputs in ((10, 3), (49, 6), (7, 4)))
+
+
+def numbers_of(settings: dict[str, Any], inputs: int, outputs: int) -> int:
+    """Of a layer: upper triangle of A, B, products with leading directions and their trace, a number of rows."""
+    rank = settings.get("rank")
+    if rank is not None:
+        return inputs * rank + 2 if rank else 2 * inputs + 1
+    return inputs * (inputs + 1) // 2 + 1 + (inputs * outputs if settings.get("form") == "solve" else 0)
 
 
 def rows_after_bad_batches(rank: int) -> list[float]:
@@ -124,5 +140,5 @@ def rows_after_bad_batches(rank: int) -> list[float]:
 @pytest.mark.slow
 def test_rows_are_counted_once() -> None:
     """Catches shares taken for the whole after a bad batch was undone, and statistics of unrelated models added."""
-    for found in run(rows_after_bad_batches, 2):
+    for found in launch(2, join_gloo(rows_after_bad_batches)):
         assert found == [3 * 32, 3 * 32, 16]

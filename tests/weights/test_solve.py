@@ -13,23 +13,9 @@ from torch import Tensor, nn
 
 from lightning_altmin import AltMin, AltMinObjective, CoactivationMemory, GradientCodes, LayerwiseWeights, LocalGradient
 from lightning_altmin.weights import WeightProblem, bcd
+from tests.weights.problems import assert_layer, random_features, ridge_over
 
 RIDGE = 1e-3
-
-
-def ridge_over(a: Tensor, c: Tensor, ridge: float, bias: bool = True) -> Tensor:
-    """The batch solution over all rows, a penalty row for each input."""
-    if bias:
-        a = torch.cat([a, a.new_ones(len(a), 1)], 1)
-    penalty = (ridge * a.square().sum(0).mean()).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
-    stacked = torch.cat([a, penalty]), torch.cat([c, c.new_zeros(a.shape[1], c.shape[1])])
-    return torch.linalg.lstsq(*stacked, driver="gels").solution.t()
-
-
-def random_features() -> nn.Sequential:
-    network = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3)).double()
-    network[0].requires_grad_(False)
-    return network
 
 
 class Recorded(CoactivationMemory):
@@ -46,11 +32,6 @@ class Recorded(CoactivationMemory):
                 inside = module(inside)
             self.pairs.setdefault(problem.stage.name, []).append((inside, problem.target))
         return super().gradients(problem)
-
-
-def assert_layer(layer: Any, expected: Tensor, tolerance: float = 1e-10) -> None:
-    found = torch.cat([layer.weight.flatten(1), layer.bias.unsqueeze(1)], 1)
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=20, deadline=None)
@@ -223,23 +204,6 @@ def test_what_cannot_be_solved_is_refused() -> None:
         core.step(torch.randn(4, 5, dtype=torch.float64), torch.randint(3, (4,)))
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.25])
-def test_a_task_can_be_forgotten(factor: float) -> None:
-    """Catches a discount of A without B: samples before the switch count as much as their factor, in the solution."""
-    network = random_features()
-    memory = CoactivationMemory("solve", ridge=RIDGE, every=1)
-    core = AltMin(network, nn.MSELoss(), weights=memory)
-    x, y = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 3, dtype=torch.float64)
-    core.step(x[:30], y[:30])
-    memory.discount(factor)
-    core.step(x[30:], y[30:])
-    a = torch.cat([network[:2](x), torch.ones(60, 1, dtype=x.dtype)], 1)
-    share = torch.cat([torch.full((30, 1), factor**0.5), torch.ones(30, 1)]).double()  # least squares squares it
-    assert_layer(network[2], ridge_over(a * share, y * share, RIDGE, bias=False))
-    with pytest.raises(ValueError, match=r"factor must lie in \[0, 1\], got 2"):
-        memory.discount(2)
-
-
 def test_a_memory_that_has_seen_nothing_is_not_solved_for() -> None:
     """Catches weights set to zero by a call that came too early."""
     core = AltMin(random_features(), nn.CrossEntropyLoss(), weights=CoactivationMemory("solve"))
@@ -247,13 +211,6 @@ def test_a_memory_that_has_seen_nothing_is_not_solved_for() -> None:
     with pytest.raises(ValueError, match="have seen nothing to solve for"):
         core.weights.solve()
     assert torch.equal(core.network[2].weight, before)
-
-
-@pytest.mark.parametrize("settings", [{"limit": 0.5}, {"positions": "mean"}])
-def test_settings_of_the_other_form_are_refused(settings: dict[str, Any]) -> None:
-    """Catches a bound on steps that the solve form would silently not keep."""
-    with pytest.raises(ValueError, match="belong to form='innovation'"):
-        CoactivationMemory("solve", **settings)
 
 
 def test_residuals_are_there_for_every_hidden_stage() -> None:

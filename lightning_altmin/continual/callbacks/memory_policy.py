@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,23 +10,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_altmin.callbacks.altmin_access import core_of
 from lightning_altmin.continual.callbacks.stream_access import stream_data
 from lightning_altmin.continual.task import Task
-from lightning_altmin.weights import CoactivationMemory
+from lightning_altmin.weights import CoactivationMemory, WeightSolver
 
-Policy = Literal["keep", "decay", "reset"]
+Policy = Literal["keep", "decay", "reset", "window"]
 
 
 class MemoryPolicy(Callback):
     """What a memory weight solver (AM-mem) does at the boundaries of tasks.
 
-    At the start of every task but the first, statistics are discounted by the policy. At the end of each, memories of
+    At the start of every task but the first, statistics are discounted by the policy, or the memory is told to count
+    what follows as another task and to drop those beyond its ``window``. At the end of each, memories of
     the solve form solve for their weights, whatever their ``every``, so that all samples of the task are in them; put
     this callback before those that evaluate.
 
     Statistics of the output layer are all that is needed to answer for earlier tasks as long as its inputs stay what
-    they were: ``"keep"`` them with frozen or slowly changing features, ``"decay"`` them where features drift.
+    they were: ``"keep"`` them with frozen or slowly changing features, ``"decay"`` them where features drift, and keep
+    a ``"window"`` of the last tasks where what is older no longer holds.
 
     Args:
-        policy: ``"keep"``, ``"decay"`` or ``"reset"``.
+        policy: ``"keep"``, ``"decay"``, ``"reset"``, or ``"window"`` for memories made with
+            ``CoactivationMemory(form="solve", window=...)``.
         factor: With ``"decay"``, what the sums are multiplied by, in (0, 1).
         stages: Names of the stages whose memories it is for (see ``core.explain()``); ``None`` for all.
 
@@ -35,8 +38,8 @@ class MemoryPolicy(Callback):
     """
 
     def __init__(self, policy: Policy = "keep", factor: float = 0.5, stages: list[str] | None = None) -> None:
-        if policy not in ("keep", "decay", "reset"):
-            raise ValueError(f"policy must be 'keep', 'decay' or 'reset', got {policy!r}")
+        if policy not in get_args(Policy):
+            raise ValueError(f"policy must be 'keep', 'decay', 'reset' or 'window', got {policy!r}")
         if not 0 < factor < 1:
             raise ValueError(f"factor must lie in (0, 1), got {factor}; use policy='keep' or 'reset' for 1 or 0")
         self.policy = policy
@@ -47,22 +50,42 @@ class MemoryPolicy(Callback):
         """Check that there is a stream, and a memory to treat."""
         if stage == "fit":
             stream_data(trainer, self)
-            weights = core_of(pl_module, self).weights
-            if not any(isinstance(solver, CoactivationMemory) for solver in weights.modules()):
+            memories = _memories(core_of(pl_module, self).weights)
+            windowed = any(memory.window is not None for memory in memories)
+            if windowed != (self.policy == "window"):
                 raise MisconfigurationException(
-                    f"MemoryPolicy needs a weight solver with a memory, such as CoactivationMemory, got {weights}"
+                    f"policy={self.policy!r} with {'a' if windowed else 'no'} memory that has a window: "
+                    "MemoryPolicy('window') and CoactivationMemory(form='solve', window=...) go together"
                 )
             if unknown := set(self.stages or ()) - {stage.name for stage in core_of(pl_module, self).coded.stages}:
                 raise ValueError(f"stages names unknown layers {sorted(unknown)}; see core.explain()")
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        """Keep, discount or forget."""
-        if task.index > 0 and self.policy != "keep":
-            weights: Any = core_of(pl_module, self).weights
+        """Keep, discount, forget, or begin a task."""
+        if task.index == 0 or self.policy == "keep":
+            return
+        weights: Any = core_of(pl_module, self).weights
+        if self.policy == "window":
+            weights.begin_task(self.stages)
+        else:
             weights.discount(self.factor if self.policy == "decay" else 0.0, self.stages)
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """Solve for the weights."""
-        for solver in core_of(pl_module, self).weights.modules():
-            if isinstance(solver, CoactivationMemory) and solver.form == "solve":
-                solver.solve()
+        for memory in _memories(core_of(pl_module, self).weights):
+            if memory.form == "solve":
+                memory.solve()
+
+
+def _memories(weights: WeightSolver) -> list[CoactivationMemory]:
+    """All memories of a solver.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    found = [solver for solver in weights.modules() if isinstance(solver, CoactivationMemory)]
+    if not found:
+        raise MisconfigurationException(
+            f"MemoryPolicy needs a weight solver with a memory, such as CoactivationMemory, got {weights}"
+        )
+    return found

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_altmin.losses import CrossEntropy
-from lightning_altmin.weights.base import WeightProblem
+from lightning_altmin.network import Stage
+from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.bcd import bcd
 from lightning_altmin.weights.layer_statistics import LayerStatistics
-from lightning_altmin.weights.memory_form import Memory, MemoryForm
+from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
+from lightning_altmin.weights.limited_descent import LimitedDescent
+from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range, precision
 from lightning_altmin.weights.ridge import ridge_solution
+from lightning_altmin.weights.window_statistics import WindowStatistics
 
 
 class NormalEquations(ABC):
@@ -27,8 +33,8 @@ class NormalEquations(ABC):
 class CoordinateDescent(NormalEquations):
     """One sweep of `bcd` from the weights as they are: the paper's update."""
 
-    def __init__(self, lambda_w: float) -> None:
-        self._lambda_w = lambda_w
+    def __init__(self, lambda_w: float = 0.0) -> None:
+        self._lambda_w = in_range("lambda_w", lambda_w, 0, math.inf, low_is_allowed=True)
 
     def __call__(self, weights: Tensor, A: Tensor, B: Tensor, has_bias: bool) -> Tensor:
         return bcd(weights, A, B, self._lambda_w, bias=has_bias)
@@ -37,30 +43,66 @@ class CoordinateDescent(NormalEquations):
 class Cholesky(NormalEquations):
     """The ridge solution, in closed form."""
 
-    def __init__(self, ridge: float) -> None:
-        self._ridge = ridge
+    def __init__(self, ridge: float = 1e-3) -> None:
+        self._ridge = in_range("ridge", ridge, 0, 1e6, low_is_allowed=True)
 
     def __call__(self, weights: Tensor, A: Tensor, B: Tensor, has_bias: bool) -> Tensor:
         return ridge_solution(A, B, self._ridge)
 
 
-class SolveForm(MemoryForm):
+EQUATIONS: dict[str, type[NormalEquations]] = {"cholesky": Cholesky, "bcd": CoordinateDescent}
+
+
+class SolveForm(MemoryForm[LayerStatistics]):
     """``W`` from ``A`` and ``B``, every k batches (arXiv 1806.09077, updateMemory and updateWeights).
 
     Hidden layers are fitted to their moved codes, the output layer to one-hot labels or to the targets themselves.
 
     Args:
-        equations: How the problem is solved.
+        solver: How the problem is solved, ``"cholesky"`` or ``"bcd"``.
+        forgetting: Discount of A and B per batch, in (0, 1].
         every: Batches from one solution to the next; all batches are in the statistics.
+        window: Number of tasks to solve for, the latest ones, >= 1; ``None`` for all that was seen.
+        equations: ``ridge`` of ``"cholesky"``, ``lambda_w`` of ``"bcd"``.
     """
 
-    keeps_targets = True
-    keeps_inverse = False
+    sets_weights = True
 
-    def __init__(self, equations: NormalEquations, every: int) -> None:
-        self._equations, self._every = equations, every
+    def __init__(
+        self,
+        solver: str = "cholesky",
+        forgetting: float = 1.0,
+        every: int = 10,
+        window: int | None = None,
+        **equations: float,
+    ) -> None:
+        super().__init__(forgetting, every)
+        if solver not in EQUATIONS:
+            raise ValueError(f"solver must be 'cholesky' or 'bcd', got {solver!r}")
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be an integer >= 1, got {window}")
+        if "ridge" in equations and solver != "cholesky":
+            raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")
+        if "lambda_w" in equations and solver != "bcd":
+            raise ValueError(
+                f"lambda_w={equations['lambda_w']} belongs to solver='bcd': the ridge solution shrinks by its ridge"
+            )
+        self._equations = EQUATIONS[solver](**equations)
+        self.window = window
 
-    def check(self, memory: Memory) -> None:
+    def inputs_of(self, stage: Stage) -> Inputs:
+        return "forward" if stage.is_output else "moved"  # the output layer's moved input knows the label
+
+    def statistics(self, layer: LeastSquaresLayer) -> LayerStatistics:
+        dtype = precision(layer, torch.float64)  # sums over a whole stream lose digits in single precision
+        if self.window is not None:
+            return WindowStatistics(layer, dtype, self.window)
+        return LayerStatistics(layer, dtype, targets=True, inverse=False)
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> LimitedDescent:
+        return LimitedDescent(groups, lr=1.0)
+
+    def check(self, memory: Memory[LayerStatistics]) -> None:
         if (after := memory.stage.affine[1:]) and not all(isinstance(m, nn.Dropout | nn.Identity) for m in after):
             raise ValueError(
                 f"form='solve' needs the code to be the layer's own output, but stage {memory.stage.name!r} has "
@@ -72,9 +114,9 @@ class SolveForm(MemoryForm):
         return True
 
     def renews(self, number: int) -> bool:
-        return (number + 1) % self._every == 0
+        return (number + 1) % self.every == 0
 
-    def targets(self, problem: WeightProblem, memory: Memory) -> tuple[Tensor, Tensor | None]:
+    def targets(self, problem: WeightProblem, memory: Memory[LayerStatistics]) -> tuple[Tensor, Tensor | None]:
         mask = None
         if problem.move is not None:
             target = problem.target
@@ -94,23 +136,21 @@ class SolveForm(MemoryForm):
             target = target - bias.detach().reshape((-1, 1, 1) if per_channel else (-1,))
         return target, mask
 
-    def direction(self, problem: WeightProblem, memory: Memory) -> None:
+    def direction(self, problem: WeightProblem, memory: Memory[LayerStatistics]) -> None:
         return None
 
-    def pending(self, problem: WeightProblem, memory: Memory) -> None:
+    def pending(self, problem: WeightProblem, memory: Memory[LayerStatistics]) -> None:
         return None
 
-    def renewed_direction(self, memory: Memory, pending: Tensor | None) -> Tensor:
+    def renewed_direction(self, memory: Memory[LayerStatistics], pending: Tensor | None) -> Tensor:
         solution = self.solution(memory)
         return memory.layer.matrix().to(solution.dtype) - solution
 
-    def solution(self, memory: Memory) -> Tensor:
+    def solution(self, memory: Memory[LayerStatistics]) -> Tensor:
         """The weights that the statistics ask for, shape ``(outputs, inputs)``."""
-        statistics = memory.statistics
-        assert isinstance(statistics, LayerStatistics)
-        assert statistics.B is not None
-        weights = memory.layer.matrix().to(statistics.A.dtype)
-        return self._equations(weights, statistics.A, statistics.B, memory.layer.has_bias)
+        A, B = memory.statistics.sums()
+        with torch.autocast(A.device.type, enabled=False):
+            return self._equations(memory.layer.matrix().to(A.dtype), A, B, memory.layer.has_bias)
 
 
 def _one_hot(problem: WeightProblem, ignored: int) -> tuple[Tensor, Tensor | None]:

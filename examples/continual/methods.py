@@ -1,0 +1,176 @@
+"""The methods that ``benchmark.py`` compares, and the settings that ``--tune`` chooses from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+from lightning_altmin import AltMinModule, BackpropModule
+from lightning_altmin.continual import (
+    MemoryPolicy,
+    OnlineEWC,
+    OrthogonalWeights,
+    Replay,
+    ReservoirBuffer,
+    ResetOptimizerState,
+    SynapticIntelligence,
+    TaskLearningRates,
+)
+from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, LocalGradient
+
+
+@dataclass
+class Run:
+    """One method, ready to be trained."""
+
+    module: LightningModule
+    callbacks: list[Callback] = field(default_factory=list)
+    replay: Replay | None = None
+    joint: bool = False
+    state_bytes: Callable[[], int] = lambda: 0
+
+
+def backprop(network: nn.Sequential, lr: float, optimizer: Any = torch.optim.Adam) -> BackpropModule:
+    return BackpropModule(network, optimizer=lambda p: optimizer(p, lr=lr))
+
+
+def naive_sgd(network: nn.Sequential, lr: float = 0.03) -> Run:
+    return Run(backprop(network, lr, torch.optim.SGD))
+
+
+def naive_adam(network: nn.Sequential, lr: float = 1e-3) -> Run:
+    return Run(backprop(network, lr))
+
+
+def naive_am_adam(network: nn.Sequential, lr: float = 1e-3) -> Run:
+    return Run(AltMinModule(network, weights=LocalGradient(lambda p: torch.optim.Adam(p, lr=lr))))
+
+
+def ewc(network: nn.Sequential, lr: float = 1e-3, strength: float = 1e3) -> Run:
+    penalty = OnlineEWC(strength, samples=200)
+    return Run(backprop(network, lr), [penalty], state_bytes=lambda: penalty.state_bytes)
+
+
+def si(network: nn.Sequential, lr: float = 1e-3, strength: float = 10.0) -> Run:
+    penalty = SynapticIntelligence(strength)
+    return Run(backprop(network, lr), [penalty], state_bytes=lambda: penalty.state_bytes)
+
+
+def replay(network: nn.Sequential, lr: float = 1e-3, size: int = 1000) -> Run:
+    replay = Replay(ReservoirBuffer(size), 100)
+    return Run(backprop(network, lr), replay=replay, state_bytes=lambda: replay.buffer.state_bytes)
+
+
+def joint_adam(network: nn.Sequential, lr: float = 1e-3) -> Run:
+    return Run(backprop(network, lr), joint=True)
+
+
+def memory(network: nn.Sequential, lr: float = 0.0, ridge: float = 1e-4, factor: float = 0.0) -> Run:
+    """AM-mem on the output layer; layers below are trained by AltMin at ``lr``, which falls by ``factor`` per task."""
+    output = CoactivationMemory(form="solve", ridge=ridge, every=20, inputs="forward")
+    if lr == 0:
+        for layer in list(network)[:-1]:
+            layer.requires_grad_(False)
+        weights: Any = output
+    else:
+        hidden = LocalGradient(lambda p: torch.optim.Adam(p, lr=lr))
+        weights = LayerwiseWeights({"output": output, "default": hidden})
+    module = AltMinModule(network, weights=weights)
+    callbacks: list[Callback] = [MemoryPolicy("keep")]
+    if lr > 0:
+        callbacks.append(TaskLearningRates(factor, [stage.name for stage in module.core.coded.stages[:-1]]))
+    held = [b for solver in output.modules() for b in solver.buffers(recurse=False)]
+    return Run(module, callbacks, state_bytes=lambda: sum(b.numel() * b.element_size() for b in held))
+
+
+def as_joint(run: Run) -> Run:
+    run.joint = True
+    return run
+
+
+def orthogonal(module: LightningModule, ridge: float) -> Run:
+    """All layers learn by SGD with momentum, in directions that the inputs of earlier tasks leave free."""
+    protection = OrthogonalWeights(ridge)
+    # moments in double precision, and projections in single
+    return Run(module, [ResetOptimizerState(), protection], state_bytes=lambda: protection.state_bytes * 3 // 2)
+
+
+def sgd_momentum(lr: float) -> Any:
+    return lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9)
+
+
+def orthogonal_am(network: nn.Sequential, lr: float = 0.03, ridge: float = 0.3) -> Run:
+    return orthogonal(AltMinModule(network, weights=LocalGradient(sgd_momentum(lr))), ridge)
+
+
+def orthogonal_sgd(network: nn.Sequential, lr: float = 0.03, ridge: float = 0.3) -> Run:
+    return orthogonal(BackpropModule(network, optimizer=sgd_momentum(lr)), ridge)
+
+
+# ---------------------------------------------------------------- settings to choose from
+
+
+def grid(**values: tuple[float, ...]) -> list[dict[str, float]]:
+    """Every combination."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+METHODS: dict[str, Callable[..., Run]] = {
+    "naive SGD": naive_sgd,
+    "naive Adam": naive_adam,
+    "naive AM-Adam": naive_am_adam,
+    "online EWC": ewc,
+    "SI": si,
+    "replay 200": lambda network, **settings: replay(network, size=200, **settings),
+    "replay 1000": lambda network, **settings: replay(network, size=1000, **settings),
+    "replay, equal bytes": replay,
+    "joint Adam": joint_adam,
+    "SGD, orthogonal weights": orthogonal_sgd,
+    "AM-SGD, orthogonal weights": orthogonal_am,
+    "AM-mem, frozen features": memory,
+    "AM-mem, joint": lambda network, **settings: as_joint(memory(network, **settings)),
+    "AM-mem, learnt features": memory,
+}
+
+ADAM = grid(lr=(1e-3, 3e-3, 1e-2))
+ORTHOGONAL = grid(lr=(0.03, 0.1), ridge=(0.1, 0.3))
+GRIDS: dict[str, list[dict[str, float]]] = {
+    "naive SGD": grid(lr=(0.01, 0.03, 0.1)),
+    "naive Adam": ADAM,
+    "naive AM-Adam": ADAM,
+    "online EWC": grid(lr=(1e-3, 3e-3), strength=(1e3, 1e5, 1e7)),
+    "SI": grid(lr=(1e-3, 3e-3), strength=(1e2, 1e4, 1e6)),
+    "replay 200": ADAM,
+    "replay 1000": ADAM,
+    "replay, equal bytes": ADAM,
+    "joint Adam": ADAM,
+    "SGD, orthogonal weights": ORTHOGONAL,
+    "AM-SGD, orthogonal weights": ORTHOGONAL,
+    "AM-mem, frozen features": grid(ridge=(1e-5, 1e-4, 1e-3)),
+    "AM-mem, joint": grid(ridge=(1e-4,)),
+    "AM-mem, learnt features": [
+        {"lr": lr, "ridge": ridge, "factor": 0.0}
+        for lr, ridge in ((1e-4, 1e-3), (3e-5, 1e-3), (3e-4, 1e-2), (1e-4, 1e-2))
+    ],
+}
+
+LOW = grid(lr=(1e-4, 3e-4, 1e-3))  # ten permutations are forgotten more slowly at low rates
+GRIDS_OF: dict[str, dict[str, list[dict[str, float]]]] = {
+    "permuted_mnist": {
+        "naive SGD": grid(lr=(0.01, 0.03, 0.1)),
+        "naive Adam": LOW,
+        "naive AM-Adam": LOW,
+        "online EWC": grid(lr=(3e-4, 1e-3), strength=(1e2, 1e3, 1e4)),
+        "SI": grid(lr=(3e-4, 1e-3), strength=(1.0, 10.0, 100.0)),
+        "replay 200": LOW,
+        "replay 1000": LOW,
+        "replay, equal bytes": LOW,
+    },
+}
+"""Where a suite's grid is another one."""

@@ -1,0 +1,302 @@
+"""Test accuracy by number of mini-batches in the first epoch: the paper's first figure, online beside offline methods.
+
+    python examples/paper/first_epoch.py tune  --suite mlp_100 --root data
+    python examples/paper/first_epoch.py final --suite mlp_100 --root data
+    python examples/paper/first_epoch.py table
+    python examples/paper/first_epoch.py plot
+
+Networks 784-100-100-10 (mlp_100) and 784-500-500-10 (mlp_500), ReLU, no BatchNorm, MNIST, mini-batches of 200.
+AM-Adam, AM-SGD and AM-mem are AltMin with Adam, with SGD (momentum 0.9) and with the co-activation memory; Adam and SGD
+are backprop. The offline methods ADMM and MAC cannot see a mini-batch once: at each mark they are fitted anew to all
+samples that the online methods have seen by then, with as many sweeps over them as `SWEEPS` says, so they are given far
+more passes over the data.
+
+Every method has six settings (`METHODS`); `tune` judges them by a sixth of the training set held out, and the one with
+the highest mean accuracy over the marks is used by `final`, which trains on the whole training set, is judged by the
+test set, and uses other seeds. `--small` does all of it with one seed, fewer marks, and another results file.
+`--workers N` runs N at a time. Every finished run is written at once to docs/results/first_epoch.csv; a run whose rows
+exist is not repeated, so an interrupted command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import logging
+import math
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py, whose data, judge and steps these are
+import memory
+
+from lightning_altmin import AltMin, LocalGradient
+from lightning_altmin.baselines import ADMMModule, Hinge, MACModule, SquaredError
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "first_epoch.csv"
+BATCH = 200
+MARKS = (5, 10, 25, 50, 100, 200, 300)
+OFFLINE_MARKS = {"tune": (25, 100), "final": (5, 25, 100, 300)}
+SWEEPS = 30
+TUNE_SEEDS = {"online": 3, "offline": 1}
+ADAM = ("0.001", "0.002", "0.004", "0.006", "0.008", "0.012")
+SGD = ("0.02", "0.05", "0.1", "0.15", "0.2", "0.3")
+METHODS = {
+    "AM-Adam": ADAM,
+    "AM-SGD": SGD,
+    "AM-mem": tuple(f"step={s} ridge={r} every=10" for s, r in itertools.product((0.4, 0.8, 1.0), (0.3, 1.0))),
+    "Adam": ADAM,
+    "SGD": SGD,
+    "ADMM": tuple(f"loss={loss} gamma={g}" for loss, g in itertools.product(("hinge", "squared"), (1, 10, 100))),
+    "MAC": tuple(f"mu={mu} growth={growth}" for mu, growth in itertools.product((0.01, 0.1, 1.0), (1.5, 4.0))),
+}
+OFFLINE = ("ADMM", "MAC")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The accuracy of one run after some number of batches; 0 once it has diverged."""
+
+    suite: str
+    phase: str
+    method: str
+    setting: str
+    seed: int
+    batches: int
+    accuracy: float = math.nan
+
+    @property
+    def run(self) -> tuple[str, ...]:
+        return self.suite, self.phase, self.method, self.setting, str(self.seed)
+
+
+Run = tuple[str, str, str, str, int]
+
+
+def altmin(network: nn.Module, method: str, rate: float) -> memory.Step:
+    optimizer: Callable[..., torch.optim.Optimizer] = (
+        functools.partial(torch.optim.Adam, lr=rate, fused=True)
+        if method == "AM-Adam"
+        else functools.partial(torch.optim.SGD, lr=rate, momentum=0.9, fused=True)
+    )
+    core = AltMin(network, nn.CrossEntropyLoss(), weights=LocalGradient(optimizer))
+    return lambda x, y: core.step(x, y, keep_codes=False)
+
+
+def online(run: Run, samples: memory.Samples, marks: tuple[int, ...]) -> Iterator[tuple[int, float]]:
+    """Accuracy at each mark of one pass."""
+    suite, _, method, setting, seed = run
+    torch.manual_seed(seed)  # the same weights and the same order of batches for all methods
+    network = memory.SUITES[suite].network()
+    if method == "AM-mem":
+        step = memory.memory(network, setting)
+    elif method.startswith("AM-"):
+        step = altmin(network, method, float(setting))
+    else:
+        step = memory.backprop(network, method, float(setting))
+    for number, (x, y) in enumerate(samples.batches(BATCH, marks[-1], by_class=False), 1):
+        step(x, y)
+        if number in marks:
+            yield number, memory.judge(network, samples.judged)[0]
+
+
+def offline_module(method: str, setting: str, network: nn.Module) -> ADMMModule | MACModule:
+    values = memory.parsed(setting)
+    if method == "MAC":
+        return MACModule(network, every=2, **values)
+    return ADMMModule(network, Hinge() if values.pop("loss") == "hinge" else SquaredError(), **values)
+
+
+def offline(run: Run, samples: memory.Samples, marks: tuple[int, ...]) -> Iterator[tuple[int, float]]:
+    """Accuracy at each mark, fitted anew to the samples that the online methods have seen by then."""
+    suite, _, method, setting, seed = run
+    for mark in marks:
+        torch.manual_seed(seed)
+        network = memory.SUITES[suite].network()
+        batches = list(samples.batches(BATCH, mark, by_class=False))
+        seen = TensorDataset(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=SWEEPS,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader = DataLoader(seen, batch_size=len(seen), collate_fn=_whole)
+        trainer.fit(offline_module(method, setting, network), loader)
+        yield mark, memory.judge(network, samples.judged)[0]
+
+
+def _whole(items: Any) -> Any:
+    return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items])
+
+
+@functools.cache
+def loaded(suite: str, root: str, held_out: float) -> memory.Samples:
+    return memory.Samples(suite, root, held_out)
+
+
+def train(run: Run, root: str, small: bool) -> list[Row]:
+    """One run's rows, a mark each."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    suite, phase, method, setting, seed = run
+    samples = loaded(suite, root, 0.0 if phase == "final" else 1 / 6)
+    marks: tuple[int, ...] = OFFLINE_MARKS[phase] if method in OFFLINE else MARKS
+    if small:
+        marks = tuple(mark for mark in marks if mark <= 25)
+    found: dict[int, float] = dict.fromkeys(marks, 0.0)
+    try:
+        found |= dict((offline if method in OFFLINE else online)(run, samples, marks))
+    except RuntimeError as error:  # diverged: its rows say 0
+        print(f"{run}: {error}", flush=True)
+    return [Row(suite, phase, method, setting, seed, mark, accuracy) for mark, accuracy in found.items()]
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    types: dict[str, Any] = {"int": int, "float": float, "str": str}
+    with path.open() as file:
+        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def best(rows: list[Row], suite: str, method: str) -> str:
+    """The setting with the highest validation accuracy, a mean over marks and seeds."""
+    tuned = [r for r in rows if (r.suite, r.phase, r.method) == (suite, "tune", method)]
+    if not tuned:
+        raise SystemExit(f"no tuning runs of {method} on {suite}: run `tune` first")
+    settings = dict.fromkeys(r.setting for r in tuned)
+    return max(settings, key=lambda s: statistics.mean(r.accuracy for r in tuned if r.setting == s))
+
+
+def planned(phase: str, suite: str, rows: list[Row], seeds: int, wanted: list[str]) -> list[Run]:
+    if phase == "final":
+        return [(suite, phase, m, best(rows, suite, m), seed) for seed in range(seeds) for m in wanted]
+    return [
+        (suite, phase, method, setting, 100 + seed)
+        for method in wanted
+        for seed in range(min(seeds, TUNE_SEEDS["offline" if method in OFFLINE else "online"]))
+        for setting in METHODS[method]
+    ]
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    rows = read(arguments.results)
+    runs = planned(arguments.command, arguments.suite, rows, arguments.seeds, arguments.methods)
+    runs = [run for run in runs if (*run[:-1], str(run[-1])) not in {row.run for row in rows}]
+    one = functools.partial(train, root=arguments.root, small=arguments.small)
+    if arguments.workers > 1:
+        with ProcessPoolExecutor(arguments.workers) as pool:
+            _write(arguments.results, pool.map(one, runs))
+    else:
+        _write(arguments.results, map(one, runs))
+
+
+def _write(path: Path, finished: Iterator[list[Row]]) -> None:
+    for rows in finished:
+        append(path, rows)
+        print(*rows[0].run, *(f"{row.batches}: {100 * row.accuracy:.2f}" for row in rows), flush=True)
+
+
+def table(rows: list[Row]) -> str:
+    """Means over seeds with 95 % intervals (t distribution), by method and number of batches."""
+    lines = []
+    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
+        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
+        marks = sorted({r.batches for r in final})
+        heads = ["method", "setting", "seeds", *(f"{mark} batches" for mark in marks)]
+        lines += [f"{suite}:", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        for method in dict.fromkeys(r.method for r in final):
+            mine = [r for r in final if r.method == method]
+            cells = [_interval([100 * r.accuracy for r in mine if r.batches == mark]) for mark in marks]
+            seeds = str(len({r.seed for r in mine}))
+            lines.append("| " + " | ".join([method, mine[0].setting, seeds, *cells]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _interval(values: list[float]) -> str:
+    if not values:
+        return ""
+    quantile = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 %, degrees of freedom = seeds - 1
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    half = quantile[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.2f} ± {half:.2f}"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
+    from matplotlib import pyplot
+
+    suites = list(dict.fromkeys(r.suite for r in rows if r.phase == "final"))
+    figure, axes = pyplot.subplots(1, len(suites), figsize=(4.5 * len(suites), 3.5), squeeze=False, sharey=True)
+    for axis, suite in zip(axes[0], suites, strict=True):
+        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
+        for method in dict.fromkeys(r.method for r in final):
+            marks = sorted({r.batches for r in final if r.method == method})
+            means = [
+                statistics.mean(100 * r.accuracy for r in final if (r.method, r.batches) == (method, m)) for m in marks
+            ]
+            axis.plot(marks, means, "s--" if method in OFFLINE else "o-", markersize=3, linewidth=1, label=method)
+        axis.set(title=suite, xlabel="mini-batches of 200 seen", xscale="log")
+    axes[0][0].set(ylabel="test accuracy, %")
+    axes[0][0].legend(fontsize="x-small", loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("tune", "final", "table", "plot"))
+    parser.add_argument("--suite", choices=("mlp_100", "mlp_500"), default="mlp_100")
+    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    if arguments.small:
+        arguments.seeds = 1
+    if arguments.results is None:
+        arguments.results = RESULTS.with_stem("first_epoch_small") if arguments.small else RESULTS
+    if arguments.command == "table":
+        print(table(read(arguments.results)))
+    elif arguments.command == "plot":
+        plot(read(arguments.results), arguments.results.with_suffix(".svg"))
+    else:
+        execute(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Losses of an output variable that offline methods minimise in closed form, as losses of a network too."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class OutputLoss(ABC):
+    """A loss ``loss(output, target)``, a mean over samples, with its proximal operator.
+
+    Targets are class indices of shape ``(samples,)``, or numbers shaped like the output ``(samples, outputs)``.
+    """
+
+    reduction = "mean"
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean over samples of the sum over outputs."""
+        return self.total(output, target) / len(output)
+
+    @abstractmethod
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """The sum over samples and outputs, a scalar."""
+
+    @abstractmethod
+    def prox(self, centre: Tensor, weight: float, target: Tensor) -> Tensor:
+        """The ``v`` that minimises ``total(v, target) + weight/2 ||v - centre||^2``.
+
+        Args:
+            centre: Shape ``(samples, outputs)``.
+            weight: > 0.
+            target: Class indices, or numbers shaped like ``centre``.
+        """
+
+
+class SquaredError(OutputLoss):
+    """``1/2 ||v - y||^2``, with ``y`` the one-hot code of a class index, or numbers as they are."""
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * (output - _one_hot(output, target)).square().sum()
+
+    def prox(self, centre: Tensor, weight: float, target: Tensor) -> Tensor:
+        return (_one_hot(centre, target) + weight * centre) / (1 + weight)
+
+
+class Hinge(OutputLoss):
+    """``sum_j max(1 - v_j, 0)`` at a label's own output (or where the target is 1), ``max(v_j, 0)`` elsewhere.
+
+    The loss of Taylor et al. 2016 for one output and targets 0 and 1; for classes, the same at each output.
+    """
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        wanted = _one_hot(output, target)
+        return torch.where(wanted > 0.5, (1 - output).clamp_min(0), output.clamp_min(0)).sum()
+
+    def prox(self, centre: Tensor, weight: float, target: Tensor) -> Tensor:
+        # Outside the flat part the slope is -1 (target 1) or 1 (target 0): go that far, but not past the kink.
+        up = torch.maximum(centre, (centre + 1 / weight).clamp_max(1.0))
+        down = torch.minimum(centre, (centre - 1 / weight).clamp_min(0.0))
+        return torch.where(_one_hot(centre, target) > 0.5, up, down)
+
+
+def _one_hot(output: Tensor, target: Tensor) -> Tensor:
+    if target.is_floating_point() or target.shape == output.shape:
+        return target.to(output.dtype)
+    return functional.one_hot(target, output.shape[1]).to(output.dtype)

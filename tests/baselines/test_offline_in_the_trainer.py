@@ -1,0 +1,130 @@
+"""The offline methods under the Trainer: they learn, count sweeps, resume exactly, and refuse what cannot work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_altmin.baselines import ADMMModule, BCDModule, MACModule
+from lightning_altmin.baselines.offline import OfflineModule
+from lightning_altmin.data import DigitsDataModule
+from lightning_altmin.nn import MLP, LeNet5
+from tests.module.problems import loader, network, samples, trainer
+
+METHODS: list[type[Any]] = [ADMMModule, BCDModule, MACModule]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns_handwritten_digits(method: type[Any]) -> None:
+    """Catches a method that lowers its own objective and learns nothing: chance is 10 %, least squares 93 %."""
+    data = DigitsDataModule(batch_size=2000)
+    seed_everything(0, verbose=False)
+    module = method(MLP(64, [60], 10))
+    fitted = trainer(max_epochs=30, log_every_n_steps=1)
+    fitted.fit(module, datamodule=data)
+    assert fitted.global_step == 30
+    assert "train_objective" in fitted.logged_metrics
+    assert trainer().test(module, datamodule=data, verbose=False)[0]["test_acc"] > 0.8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_uninterrupted_one(method: type[Any], tmp_path: Path) -> None:
+    """Catches variables, samples, multiplier or mu that a checkpoint forgets; the loader shuffles the samples anew."""
+
+    def fresh() -> OfflineModule:
+        return method(network(seed=2), **({"every": 1} if method is MACModule else {}))
+
+    def batches() -> DataLoader[Any]:
+        return loader(20, batch_size=20, shuffle=True)
+
+    torch.manual_seed(0)
+    whole = fresh()
+    trainer(max_epochs=14).fit(whole, batches())
+
+    torch.manual_seed(0)
+    begun, path = trainer(max_epochs=12), tmp_path / "a.ckpt"
+
+    class Saving(method):  # type: ignore[valid-type,misc]
+        def on_train_epoch_end(self) -> None:
+            super().on_train_epoch_end()
+            if self.trainer.current_epoch == 11:
+                self.trainer.save_checkpoint(path)
+
+    part = Saving(network(seed=2), **({"every": 1} if method is MACModule else {}))
+    begun.fit(part, batches())
+    resumed = fresh()
+    trainer(max_epochs=14).fit(resumed, batches(), ckpt_path=path, weights_only=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    assert whole.variables.keys() == resumed.variables.keys() != set()
+    for name, tensors in whole.variables.items():
+        for a, b in zip(tensors, resumed.variables[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_second_fit_begins_anew() -> None:
+    """Catches samples of an earlier run that stay: other samples would be refused."""
+    module = BCDModule(network())
+    trainer(max_epochs=1).fit(module, loader(20, batch_size=20, seed=1))
+    trainer(max_epochs=1).fit(module, loader(12, batch_size=12, seed=2))
+    assert module.variables["u"][0].shape[0] == 12
+
+
+def test_several_batches_are_refused() -> None:
+    """Catches a run whose variables belong to whichever batch came first."""
+    with pytest.raises(MisconfigurationException, match="5 batches; BCDModule needs the whole training set in one"):
+        trainer(max_epochs=1).fit(BCDModule(network()), loader(20, batch_size=4))
+
+
+def test_other_samples_are_refused() -> None:
+    """Catches augmentation, which would train each sample's variables on other inputs every time."""
+
+    class Changing(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.randn(6), index % 3
+
+    with pytest.raises(ValueError, match="does not hold the samples of the first one"):
+        trainer(max_epochs=2).fit(BCDModule(network()), DataLoader(Changing(), batch_size=8))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches processes that would each solve a problem of their own and never speak of it."""
+    module = BCDModule(network())
+    module.trainer = trainer()
+    monkeypatch.setattr(type(module.trainer), "world_size", 2)
+    with pytest.raises(MisconfigurationException, match="BCDModule runs in one process, the Trainer has 2: devices=1"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("odd", "name"),
+    [
+        (LeNet5(), "Conv2d"),
+        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Tanh(), nn.Linear(4, 3)), "Tanh"),
+        (nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3)), "GELU"),
+        (MLP(6, [4], 3, batch_norm=True), "BatchNorm1d"),
+        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3), nn.Softmax(1)), "Softmax"),
+    ],
+)
+def test_other_networks_are_refused(odd: nn.Module, name: str) -> None:
+    """Catches a module that would be left out of the problem without a word."""
+    with pytest.raises(ValueError, match=f"offline methods need at most one activation .* has {name}"):
+        BCDModule(odd)
+
+
+def test_weights_that_are_not_finite_are_an_error() -> None:
+    """Catches a run that goes on with NaN and reports chance."""
+    x, y = samples(8)
+    x[3, 2] = float("inf")
+    with pytest.raises((RuntimeError, ValueError), match="NaN or inf"):
+        trainer(max_epochs=1).fit(BCDModule(network()), DataLoader(TensorDataset(x, y), batch_size=8))

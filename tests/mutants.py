@@ -1,0 +1,420 @@
+"""Deliberate mistakes in the package that the tests must catch: each is planted in a copy, and its tests must fail.
+
+    python tests/mutants.py                 # all
+    python tests/mutants.py --only anchor   # those whose name holds this
+    python tests/mutants.py --list
+
+A mutant is one small change of text, and names the tests that are to catch it; only those are run. The command ends
+with an error if a mutant survives, if its text no longer occurs exactly once (then bring it up to date with the code),
+or if a test named fails without any mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "lightning_altmin"
+_CAUGHT, _ALL_PASSED = 1, 0  # pytest's exit codes: tests failed; all passed. Others say that it could not run
+_BROKEN = 70
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["torch", "lightning.pytorch", "lightning.pytorch.cli", "torchmetrics", "scipy.optimize"]
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake.
+
+    Attributes:
+        name: What is wrong.
+        file: Path below the package.
+        old: Text that occurs exactly once in it.
+        new: What it is replaced by.
+        tests: What must fail, as pytest knows it, below ``tests/``.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def planted(self, text: str) -> str:
+        """The file's text with the mistake.
+
+        Raises:
+            ValueError: If ``old`` does not occur exactly once.
+        """
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"mutant {self.name!r}: its text occurs {count} times in {self.file}: {self.old!r}")
+        return text.replace(self.old, self.new)
+
+
+CODE_STEP = "core/test_code_step.py::test_the_sweep_descends_the_objective"
+WEIGHT_STEP = "core/test_weight_step.py::test_each_stage_descends_its_own_problem_and_nothing_else"
+EXACT = "core/test_exactness.py::test_forward_inputs_and_rate_one_give_backprops_gradient"
+
+MUTANTS = (
+    # ---- the algorithm
+    Mutant(
+        "no anchor (its target not detached, as in the official code)",
+        "objective.py",
+        "        return displacement\n",
+        "        return None\n",
+        (CODE_STEP,),
+    ),
+    Mutant(
+        "sign of the coupling flipped in the weight step",
+        "objective.py",
+        "return residual * (self.mu / residual.shape[0])",
+        "return residual * (-self.mu / residual.shape[0])",
+        (WEIGHT_STEP,),
+    ),
+    Mutant(
+        "weight step summed over samples, not averaged",
+        "objective.py",
+        "return residual * (self.mu / residual.shape[0])",
+        "return residual * self.mu",
+        (WEIGHT_STEP,),
+    ),
+    Mutant(
+        "mu forgotten in the weight step",
+        "objective.py",
+        "return residual * (self.mu / residual.shape[0])",
+        "return residual / residual.shape[0]",
+        (WEIGHT_STEP,),
+    ),
+    Mutant(
+        "loss multiplied by mu, not divided",
+        "objective.py",
+        "return loss.total_gradient() / self.mu",
+        "return loss.total_gradient() * self.mu",
+        (CODE_STEP,),
+    ),
+    Mutant(
+        "code step takes the mean loss, not the sum",
+        "objective.py",
+        "return loss.total_gradient() / self.mu",
+        "return loss.mean_gradient() / self.mu",
+        ("core/test_code_step.py::test_a_samples_codes_do_not_depend_on_its_batch",),
+    ),
+    Mutant(
+        "l1 term of codes without 1 / mu",
+        "objective.py",
+        "return code.sign() * (self.lambda_c / self.mu)",
+        "return code.sign() * self.lambda_c",
+        (CODE_STEP,),
+    ),
+    Mutant(
+        "biases shrunk by the l1 term of weights",
+        "objective.py",
+        "if self.lambda_w == 0 or parameter.dim() < 2:",
+        "if self.lambda_w == 0:",
+        ("core/test_weight_step.py::test_lambda_w_pulls_weights_and_spares_biases",),
+    ),
+    Mutant(
+        "codes moved from the bottom up",
+        "altmin.py",
+        "for level in range(top, -1, -1):",
+        "for level in range(top + 1):",
+        (CODE_STEP,),
+    ),
+    Mutant(
+        "target above as it was before it moved",
+        "altmin.py",
+        "target_move=None if level == top else step.moves[level + 1],",
+        "target_move=None if level == top else step.moves[level + 1] * 0,",
+        (CODE_STEP,),
+    ),
+    Mutant(
+        "forward inputs in place of moved ones",
+        "altmin.py",
+        "input=forward if move is None else forward + move,",
+        "input=forward,",
+        (WEIGHT_STEP,),
+    ),
+    Mutant(
+        "gradients left for the next batch",
+        "altmin.py",
+        "                    self.optimizer.step()\n        clear_gradients(self.optimizer)\n",
+        "                    self.optimizer.step()\n",
+        ("core/test_weight_step.py::test_gradients_add_up_and_step_clears_them",),
+    ),
+    Mutant(
+        "target of the weight step is the forward code",
+        "weights/base.py",
+        "self.live.change(self.forward_input, self.forward_output, self.input_move) - self.move",
+        "self.live.change(self.forward_input, self.forward_output, self.input_move)",
+        (WEIGHT_STEP,),
+    ),
+    Mutant(
+        "signal not divided out",
+        "weights/base.py",
+        "        if self.signal is None:\n            return gradient\n",
+        "        if True:\n            return gradient\n",
+        ("core/test_curvature_codes.py::test_weight_gradients_do_not_follow_the_rates",),
+    ),
+    # ---- code solvers
+    Mutant(
+        "momentum of the code step swapped for its complement",
+        "codes/gradient.py",
+        "velocity.mul_(self.momentum).add_(gradient)",
+        "velocity.mul_(1 - self.momentum).add_(gradient)",
+        ("core/test_code_step.py::test_momentum_by_hand",),
+    ),
+    Mutant(
+        "soft threshold without the rate",
+        "codes/proximal.py",
+        "threshold = self.lr * problem.objective.lambda_c / problem.objective.mu",
+        "threshold = problem.objective.lambda_c / problem.objective.mu",
+        ("core/test_proximal_codes.py::test_it_converges_to_the_lasso_solution",),
+    ),
+    Mutant(
+        "curvature measured without the anchor",
+        "codes/base.py",
+        "return curvature if anchor is None else curvature + (anchor * direction).flatten(1).sum(1)",
+        "return curvature",
+        ("core/test_line_search.py::test_the_curvature_is_the_hessian_of_the_objective",),
+    ),
+    # ---- engines
+    Mutant(
+        "weight not transposed back",
+        "engines/linear.py",
+        "return product(lambda g: g @ self.module.weight, grad)",
+        "return product(lambda g: g @ self.module.weight * 0.5, grad)",
+        (EXACT,),
+    ),
+    Mutant(
+        "network's output left in a graph (missing detach)",
+        "losses.py",
+        "            output = output.detach().requires_grad_()\n            scalar",
+        "            output = output.requires_grad_()\n            scalar",
+        ("core/test_losses.py::test_the_output_is_left_out_of_graphs",),
+    ),
+    Mutant(
+        "BatchNorm updated again in the weight step",
+        "engines/normalization.py",
+        "torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)",
+        "torch.native_batch_norm("
+        "x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)",
+        ("core/test_weight_step.py::test_running_statistics_after_a_whole_step",),
+    ),
+    Mutant(
+        "BatchNorm of a block updated in the weight step",
+        "engines/batch_norm_state.py",
+        "                norm.track_running_stats = False\n",
+        "                pass\n",
+        ("core/test_weight_step.py::test_running_statistics_after_a_whole_step",),
+    ),
+    Mutant(
+        "another dropout mask in the code step",
+        "engines/dropout.py",
+        "return grad if at.state is None else grad * at.state",
+        "return grad if at.state is None else self.module(grad)",
+        ("core/test_exactness.py::test_dropout_does_not_break_exactness",),
+    ),
+    # ---- memories
+    Mutant(
+        "stale memory: the inverse is not renewed",
+        "weights/innovation.py",
+        "        memory.statistics.renew(self._ridge)\n",
+        "        if not bool(memory.statistics.inverse.any()):\n            memory.statistics.renew(self._ridge)\n",
+        ("weights/test_innovation.py::test_is_backprop_preconditioned_by_second_moments",),
+    ),
+    Mutant(
+        "a memory that does not forget",
+        "weights/layer_statistics.py",
+        "        discount = forgetting\n",
+        "        discount = 1.0\n",
+        ("weights/test_statistics.py::test_forgetting_against_its_closed_form",),
+    ),
+    Mutant(
+        "targets discounted and inputs not",
+        "weights/layer_statistics.py",
+        "A, B = self.A * discount, None if self.B is None else self.B * discount",
+        "A, B = self.A.clone(), None if self.B is None else self.B * discount",
+        ("weights/test_statistics.py::test_forgetting_against_its_closed_form",),
+    ),
+    Mutant(
+        "ridge of the wrong sign",
+        "weights/ridge.py",
+        "return A + torch.diag_embed((ridge * A.diagonal().mean()).expand(A.shape[0]))",
+        "return A - torch.diag_embed((ridge * A.diagonal().mean()).expand(A.shape[0]))",
+        ("weights/test_ridge.py::test_equals_the_batch_ridge_solution",),
+    ),
+    Mutant(
+        "a sweep over columns that reads old ones",
+        "weights/bcd.py",
+        "upper = A.triu() + torch.diag_embed(torch.full_like(A.diagonal(), _FLOOR))",
+        "upper = torch.diag_embed(A.diagonal() + _FLOOR)",
+        ("weights/test_bcd.py::test_reproduces_the_released_code",),
+    ),
+    # ---- several processes, bad batches
+    Mutant(
+        "no all-reduce",
+        "strategies/data_parallel.py",
+        "        dist.all_reduce(flat, group=self._group)\n",
+        "",
+        ("distributed/test_data_parallel.py::test_equals_one_process_in_single_precision",),
+    ),
+    Mutant(
+        "processes averaged without their numbers of samples",
+        "strategies/data_parallel.py",
+        "        flat[:middle] *= samples\n",
+        "        flat[:middle] *= flat[-2]\n        flat[-2] = 1.0\n",
+        ("distributed/test_data_parallel.py::test_equals_one_process_in_double_precision",),
+    ),
+    Mutant(
+        "a bad batch changes running statistics",
+        "guard.py",
+        "            return gradients\n        buffers.restore()\n",
+        "            return gradients\n",
+        ("core/test_guard.py::test_skipping_is_as_if_the_batch_had_never_come",),
+    ),
+    Mutant(
+        "NaN is not looked for",
+        "guard.py",
+        "    bad = total - total != 0  # what isfinite says, in fewer kernels\n",
+        "    bad = total == float('inf')\n",
+        ("core/test_guard.py::test_guards_look_at_every_gradient",),
+    ),
+    # ---- continual learning, baselines
+    Mutant(
+        "forgetting measured from the last row",
+        "continual/metrics.py",
+        "drops = [matrix[j:last, j].max() - matrix[last, j] for j in range(last)]",
+        "drops = [matrix[j:, j].max() - matrix[last, j] for j in range(last)]",
+        ("continual/test_metrics.py",),
+    ),
+    Mutant(
+        "penalty pulls away from the anchor",
+        "continual/callbacks/penalty.py",
+        "parameter - self.anchor[name], value=self.strength)",
+        "self.anchor[name] - parameter, value=self.strength)",
+        ("continual/test_penalties.py::test_the_penalty_is_added_to_the_gradient",),
+    ),
+    Mutant(
+        "mu and gamma swapped: BCD's prices",
+        "baselines/bcd.py",
+        "weight = (self.rho + self.alpha) / self.gamma",
+        "weight = self.gamma / (self.rho + self.alpha)",
+        ("baselines/test_bcd.py::test_a_sweep_is_the_exact_minimum_of_each_block_in_turn",),
+    ),
+    Mutant(
+        "ADMM's multiplier subtracted",
+        "baselines/admm.py",
+        "multiplier += self.beta * (z[top] - predicted)",
+        "multiplier -= self.beta * (z[top] - predicted)",
+        ("baselines/test_admm.py::test_a_sweep_is_the_exact_minimum_of_each_block_in_turn",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run of pytest: its exit code, and what it printed."""
+
+    code: int
+    output: str
+
+
+def run_pytest(folder: Path, tests: tuple[str, ...]) -> Ended:
+    """Run tests against the package in ``folder``, up to the first failure, in a process of its own.
+
+    The process is forked from one that has imported the large libraries, which takes longer than most tests do.
+    """
+    process = _SERVER.Process(target=_child, args=(folder, tests))
+    process.start()
+    process.join()
+    assert process.exitcode is not None  # it was joined
+    return Ended(process.exitcode, (folder / "output").read_text(encoding="utf-8", errors="replace"))
+
+
+def _child(folder: Path, tests: tuple[str, ...]) -> None:
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    os.environ |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    sys.path = [str(folder), *(path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests"))]
+    import pytest  # here: pytest rewrites what it has not found imported
+
+    try:
+        code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
+    except BaseException:  # an exit code of its own: that of an exception would look like a failed test
+        traceback.print_exc()
+        code = _BROKEN
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """A copy of package and tests; the rest is linked."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in (PACKAGE, "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "docs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def verdict(mutant: Mutant) -> str | None:
+    """What is wrong with the tests, or ``None`` if they catch the mutant."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = copy_of_the_tree(Path(name))
+        path = folder / PACKAGE / mutant.file
+        path.write_text(mutant.planted(path.read_text(encoding="utf-8")), encoding="utf-8")
+        started = time.monotonic()
+        ended = run_pytest(folder, mutant.tests)
+    if ended.code == _CAUGHT:
+        print(f"caught    {mutant.name} ({time.monotonic() - started:.0f} s)", flush=True)
+        return None
+    what = "SURVIVED" if ended.code == _ALL_PASSED else "COULD NOT RUN"
+    return f"{what}  {mutant.name}: {PACKAGE}/{mutant.file}, {' '.join(mutant.tests)}\n{ended.output[-1500:]}"
+
+
+def sound(tests: tuple[str, ...]) -> str | None:
+    """What is wrong with the tests where there is no mutant, or ``None`` if they pass."""
+    with tempfile.TemporaryDirectory() as name:
+        ended = run_pytest(copy_of_the_tree(Path(name)), tests)
+    return None if ended.code == _ALL_PASSED else f"FAILED without a mutant\n{ended.output[-3000:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose name holds this text")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="print their names and run nothing")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    if arguments.list:
+        print("\n".join(f"{mutant.name}: {mutant.file}, {' '.join(mutant.tests)}" for mutant in chosen))
+        return
+    if not chosen:
+        sys.exit(f"no mutant's name holds {arguments.only!r}")
+    started = time.monotonic()
+    named = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        healthy = pool.submit(sound, named)
+        complaints = [problem for problem in pool.map(verdict, chosen) if problem is not None]
+        if (problem := healthy.result()) is not None:
+            complaints.append(problem)
+    print("\n".join(complaints))
+    print(f"{len(chosen)} mutants, {len(complaints)} complaints, {time.monotonic() - started:.0f} s")
+    sys.exit(bool(complaints))
+
+
+if __name__ == "__main__":
+    main()
