@@ -1,4 +1,4 @@
-"""Very deep networks without skip connections: least-squares codes beside backprop, on MNIST.
+"""Very deep networks without skip connections: least-squares and curvature codes beside backprop, on MNIST.
 
     python examples/deep_networks.py --root data --network sigmoid8
     python examples/deep_networks.py --table
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import functools
 import statistics
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
@@ -31,9 +32,9 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "deep_networks.csv
 COLUMNS = ("network", "method", "seed", "epoch", "val_accuracy", "seconds", "test_accuracy")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
-    """A network, how long it trains, and the settings of the least-squares codes for it."""
+    """A network, how long it trains, the settings of the least-squares codes for it, and Adam's rate for all."""
 
     activation: str
     depth: int
@@ -49,7 +50,7 @@ TASKS = {
     "relu20": Task("relu", 20, 10, damping=0.1, weight=0.1, mu=1.0, lr=0.001),
     "tanh20": Task("tanh", 20, 10, damping=1.0, weight=0.1, mu=1.0, lr=0.001),
 }
-METHODS = ("least squares", "backprop, Adam", "backprop, SGD")
+METHODS = ("least squares", "curvature", "backprop, Adam", "backprop, SGD")
 
 
 class EpochClock(Callback):
@@ -81,6 +82,8 @@ def make_module(task: Task, method: str, steps: int) -> LightningModule:
         return BackpropModule(network, optimizer=adam, **schedule)
     if method == "backprop, SGD":
         return BackpropModule(network, optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), **schedule)
+    if method == "curvature":  # the default code step, which multiplies by the same factors as backprop
+        return AltMinModule(network, weights=LocalGradient(adam), **schedule)
     return AltMinModule(
         network,
         codes=LeastSquaresCodes(task.damping, task.weight),
@@ -90,8 +93,8 @@ def make_module(task: Task, method: str, steps: int) -> LightningModule:
     )
 
 
-def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[tuple[Any, ...]]:
-    """Train once; one row per epoch, the last with the test accuracy."""
+def run(name: str, method: str, seed: int, data: VisionDataModule, test: bool = True) -> list[tuple[Any, ...]]:
+    """Train once; one row per epoch, the last with the test accuracy if the test set is to be asked."""
     task, clock = TASKS[name], EpochClock()
     seed_everything(seed, verbose=False)
     data.setup("fit")
@@ -105,12 +108,14 @@ def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[tuple
     }
     trainer = Trainer(max_epochs=task.epochs, num_sanity_val_steps=0, callbacks=[clock], **quiet)
     trainer.fit(module, datamodule=data)
-    test = trainer.test(module, datamodule=data, verbose=False)[0]["test_acc"]
     rows = [
         (name, method, seed, epoch, f"{accuracy:.4f}", f"{seconds:.1f}", "")
         for epoch, (accuracy, seconds) in enumerate(clock.rows, 1)
     ]
-    return [*rows[:-1], (*rows[-1][:-1], f"{test:.4f}")]
+    if not test:
+        return rows
+    accuracy = trainer.test(module, datamodule=data, verbose=False)[0]["test_acc"]
+    return [*rows[:-1], (*rows[-1][:-1], f"{accuracy:.4f}")]
 
 
 def append(rows: list[tuple[Any, ...]]) -> None:
@@ -147,24 +152,67 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def plot() -> None:
+    """Validation accuracy over epochs, the mean of the seeds."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in TASKS if any(row["network"] == name for row in rows)]
+    figure, panels = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        for method in METHODS:
+            by_epoch: dict[int, list[float]] = {}
+            for row in rows:
+                if row["network"] == name and row["method"] == method:
+                    by_epoch.setdefault(int(row["epoch"]), []).append(100 * float(row["val_accuracy"]))
+            if by_epoch:
+                means = [statistics.mean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
+                axes.plot(sorted(by_epoch), means, marker=".", label=method)
+        axes.axhline(90, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=name, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    panels[0][0].set(ylabel="validation accuracy, %")
+    figure.savefig(RESULTS.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--network", choices=TASKS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--table", action="store_true", help="print the table of the rows there are")
+    parser.add_argument(
+        "--try",
+        nargs="+",
+        default=[],
+        dest="trial",
+        metavar="SETTING=VALUE",
+        help="other settings of the network (epochs=4 mu=0.1 ...): validation accuracies are printed, not recorded",
+    )
+    parser.add_argument("--table", action="store_true", help="print the table of the rows there are, and plot them")
     arguments = parser.parse_args()
     if arguments.table:
+        plot()
         print(table())
         return
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=1 / 6)
-    for name in [arguments.network] if arguments.network else TASKS:
+    changes = {name: float(value) for name, value in (setting.split("=") for setting in arguments.trial)}
+    if "epochs" in changes:
+        changes["epochs"] = int(changes["epochs"])
+    for name in [arguments.network] if arguments.network else list(TASKS):
+        TASKS[name] = dataclasses.replace(TASKS[name], **changes)
         for seed in arguments.seeds:
             for method in arguments.methods:
-                append(run(name, method, seed, data))
+                rows = run(name, method, seed, data, test=not arguments.trial)
+                if arguments.trial:
+                    print(name, method, seed, arguments.trial, [row[4] for row in rows], flush=True)
+                else:
+                    append(rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from lightning_altmin.baselines import BackpropModule
 from lightning_altmin.codes import (
     CodeSolver,
     CurvatureCodes,
+    DiscreteCodes,
     GradientCodes,
     LeastSquaresCodes,
     LineSearchCodes,
@@ -15,7 +16,13 @@ from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.step import Step
-from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, LocalGradient, WeightSolver
+from lightning_altmin.weights import (
+    CoactivationMemory,
+    LayerwiseWeights,
+    LocalGradient,
+    ProximalWeights,
+    WeightSolver,
+)
 
 __all__ = [
     "AltMin",
@@ -26,12 +33,14 @@ __all__ = [
     "CodeSolver",
     "CodedNetwork",
     "CurvatureCodes",
+    "DiscreteCodes",
     "GradientCodes",
     "LayerwiseWeights",
     "LeastSquaresCodes",
     "LineSearchCodes",
     "LocalGradient",
     "ProximalCodes",
+    "ProximalWeights",
     "Step",
     "WeightSolver",
     "__version__",

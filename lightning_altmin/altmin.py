@@ -82,6 +82,8 @@ class AltMin(nn.Module):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
         self.codes.check(self.coded.stages, self.objective)
+        self.codes.check_loss(self.local_loss)
+        self.weights.check(self.coded.stages, self.objective)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self.codes.prepare(self.coded.depth)
         self._nonfinite: Policy = nonfinite
@@ -160,6 +162,8 @@ class AltMin(nn.Module):
             encoding.codes,
             moves=[code.new_zeros(()).expand_as(code) for code in encoding.codes],  # not moved yet, no memory
             _signals=[None] * self.coded.depth,
+            _margins=[None] * self.coded.depth,
+            code_steps=[None] * self.coded.depth,
             _loss_at=loss_at,
             _states=encoding.states,
             _keep=keep_codes,
@@ -196,11 +200,13 @@ class AltMin(nn.Module):
         if problem.rate is not None and self.weights.steps == 1:
             signal = problem.rate if signal is None else problem.rate * signal
         step._signals[level] = signal
+        step._margins[level] = problem.margins
+        step.code_steps[level] = problem.steps
 
     def _passing_gradients(self, step: Step, level: int) -> Gradients:
         """One stage's local gradients; the codes above its input are freed on the way, and that one if it can be."""
         problem = self.weight_problem(step, level)
-        del step.codes_forward[level:], step.moves[level:], step._states[level:]
+        del step.codes_forward[level:], step.moves[level:], step._margins[level:], step._states[level:]
         if self.weights.uses_up:
             problem.passing = True
             problem.spends = not self.codes.reads_outputs
@@ -265,6 +271,7 @@ class AltMin(nn.Module):
             level=level,
             measures=step._measures,
             signal=None if is_top else step._signals[level + 1],
+            target_margins=None if is_top else step._margins[level + 1],
         )
 
     def weight_problems(self, step: Step, inner: int = 0) -> Iterator[WeightProblem]:
@@ -286,6 +293,7 @@ class AltMin(nn.Module):
             input_move=move,
             loss=step._loss_at,
             signal=None if stage.is_output else step._signals[level],
+            margins=None if stage.is_output else step._margins[level],
             processes=self.processes,
             number=step.number,
             inner=inner,

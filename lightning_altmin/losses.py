@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 aten = torch.ops.aten
+_ROWS = 2**16  # outputs evaluated at once
 _MEAN, _SUM = 1, 2  # ATen's numbers of the reductions
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -41,6 +42,14 @@ class LocalLoss(ABC):
     @abstractmethod
     def total_gradient(self, output: Tensor, target: Any) -> Tensor:
         """Gradient of ``total`` with respect to ``output``."""
+
+    def values(self, output: Tensor, target: Any) -> Tensor:
+        """Each sample's loss, shape ``(batch,)``, the terms of `total`.
+
+        Raises:
+            ValueError: If the loss is known as a mean over the batch only.
+        """
+        raise ValueError(f"{type(self).__name__} has no value per sample")
 
     def at(self, output: Tensor, target: Any) -> LossAt:
         """This loss at one output."""
@@ -97,6 +106,26 @@ class LossAt:
     def total(self) -> Tensor:
         """Sum over samples of each sample's loss, a scalar."""
         return self.loss.total(self.output, self.target)
+
+    def values(self) -> Tensor:
+        """Each sample's loss, shape ``(batch,)``."""
+        return self.loss.values(self.output, self.target)
+
+    def changes(self, moves: Tensor) -> Tensor:
+        """How each sample's loss changes if its output moves by each row of ``moves``, one row at a time.
+
+        Args:
+            moves: Shape ``(rows, outputs)``, for outputs of shape ``(batch, outputs)``.
+
+        Returns:
+            Shape ``(batch, rows)``.
+        """
+        batch, here, changes = len(self.output), self.values().unsqueeze(1), []
+        for rows in torch.split(moves, max(1, _ROWS // batch)):
+            moved = (self.output.unsqueeze(1) + rows).flatten(0, 1)
+            values = self.loss.values(moved, self.target.repeat_interleave(len(rows), 0))
+            changes.append(values.view(batch, len(rows)) - here)
+        return torch.cat(changes, 1)
 
     def total_gradient(self) -> Tensor:
         """Gradient of `total` with respect to the output; not to be changed in place."""
@@ -203,6 +232,9 @@ class ModuleLoss(_AutogradLoss):
         return super().weight(output, target)
 
     def total(self, output: Tensor, target: Any) -> Tensor:
+        return self.values(output, target).sum()
+
+    def values(self, output: Tensor, target: Any) -> Tensor:
         values = self._per_sample(output, target)
         if values.dim() == 0 or values.shape[0] != output.shape[0]:
             raise ValueError(
@@ -210,7 +242,8 @@ class ModuleLoss(_AutogradLoss):
                 f"value per sample of {output.shape[0]}: it must read self.reduction when it is called. Or pass it as "
                 "a function, loss=lambda output, target: ..., which is taken as a mean over the batch"
             )
-        return values.reshape(values.shape[0], -1).mean(1).sum() if values.dim() > 1 else values.sum()
+        mean: Tensor = values.reshape(values.shape[0], -1).mean(1) if values.dim() > 1 else values
+        return mean
 
 
 class CrossEntropy(ModuleLoss):
@@ -299,6 +332,7 @@ class _HardCrossEntropyAt(LossAt):
 
     def __init__(self, loss: CrossEntropy, output: Tensor, target: Tensor) -> None:
         super().__init__(loss, output, target)
+        self._module = loss.module
         self._weight, self._ignored = loss.module.weight, loss.module.ignore_index
         self._logarithms = torch.log_softmax(output, 1)
         self._mean, self._weight_sum = aten.nll_loss_forward(
@@ -326,6 +360,14 @@ class _HardCrossEntropyAt(LossAt):
             )
             self._total_gradient = aten._log_softmax_backward_data(gradient, self._logarithms, 1, self.output.dtype)
         return self._total_gradient
+
+    def changes(self, moves: Tensor) -> Tensor:
+        """``w_y (log sum_k p_k exp(m_k) - m_y)`` for each row ``m``: one matrix product for all rows and samples."""
+        largest = moves.amax(1)
+        sums = self._logarithms.exp() @ (moves - largest.unsqueeze(1)).exp().t()
+        logarithms = sums.clamp_min(torch.finfo(sums.dtype).tiny).log() + largest
+        labels = self.target.where(self.target != self._ignored, 0)
+        return (logarithms - moves.t()[labels]) * label_weights(self._module, self.output, self.target).unsqueeze(1)
 
 
 class MeanSquaredError(ModuleLoss):

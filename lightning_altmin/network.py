@@ -45,6 +45,7 @@ class Stage:
         batch_norm: BatchNormInCodeStep = "fixed",
     ) -> None:
         self.name = name
+        self.batch_norm = batch_norm
         self._live_in_code_step = batch_norm == "live"
         self.transfer = list(transfer)
         self.affine = list(affine)

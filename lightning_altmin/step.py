@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_altmin.engines import BatchState, Gradients
 from lightning_altmin.guard import Buffers
 from lightning_altmin.losses import LossAt
+from lightning_altmin.margins import MarginLoss
 
 
 @dataclass
@@ -36,9 +37,12 @@ class Step:
     moves: list[Tensor]
     _loss_at: LossAt = field(repr=False)
     residuals: list[Tensor] = field(default_factory=list)
+    code_steps: list[Tensor | None] = field(default_factory=list)
+    """Per code, how many steps a sample took on average, a scalar; `None` where the code solver's number is fixed."""
     number: int = 0
     """Number of the batch, counted from 0 since training began."""
     _signals: list[Tensor | None] = field(default_factory=list, repr=False)
+    _margins: list[MarginLoss | None] = field(default_factory=list, repr=False)
     _states: list[BatchState] = field(default_factory=list, repr=False)
     _given: Any = field(default=None, repr=False)
     """The targets as they came; ``y`` differs from them where labels could not be read."""

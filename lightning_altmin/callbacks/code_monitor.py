@@ -33,6 +33,9 @@ class CodeMonitor(LayerWatch):
     - ``codes/<layer>/dead_units``: share of units whose activation has no slope at any sample of the batch, at the
       forward codes (see `alive_units`); not logged for a layer that is not read by an elementwise activation of torch;
 
+    - ``codes/<layer>/steps``: how many steps a sample's code took, averaged over the batch; logged for code solvers
+      that stop by themselves (``GradientCodes(tol=...)``).
+
     And for the network ``codes/objective_before`` and ``codes/objective_after``: the objective J of one sample,
     averaged over the batch, before and after the code step, at the weights before the weight step. Under the reference
     objective it is that objective's own value, which is a mean already.
@@ -103,6 +106,8 @@ class CodeMonitor(LayerWatch):
             values[f"{group}/displacement"] = (found[f"{group}/moved"] / found[f"{group}/size"]).sqrt()
             for name in (f"{group}/residual_before", f"{group}/residual_after"):
                 values[name] = found[name] / samples
+            if f"{group}/steps" in found:
+                values[f"{group}/steps"] = found[f"{group}/steps"] / samples
             if f"{group}/alive" in found:
                 values[f"{group}/dead_units"] = (found[f"{group}/alive"] == 0).to(samples.dtype).mean()
         for name in ("codes/objective_before", "codes/objective_after"):
@@ -120,6 +125,8 @@ class CodeMonitor(LayerWatch):
             sums[f"{group}/size"] = forward.square().sum()
             sums[f"{group}/residual_before"] = residuals_before[index]
             sums[f"{group}/residual_after"] = residuals_after[index]
+            if (steps := step.code_steps[index]) is not None:
+                sums[f"{group}/steps"] = steps * len(step.x)
             alive = alive_units(layer, above, forward, self.dead_slope)
             if alive is not None:
                 sums[f"{group}/alive"] = alive
@@ -143,7 +150,7 @@ def _residuals(core: AltMin, network: CodedNetwork, step: Step) -> list[Tensor]:
     residuals = []
     for stage, problem in zip(network.stages, core.weight_problems(step), strict=True):
         if problem.move is not None:
-            residual = stage.live(problem.input, problem.state).output() - problem.target
+            residual = stage.live(problem.input, problem.state).output() - problem.forward_output - problem.move
             residuals.append(residual.square().sum())
     return residuals
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines import BatchState, CouplingGradient, StageMap
-from lightning_altmin.losses import LossAt
+from lightning_altmin.losses import LocalLoss, LossAt
+from lightning_altmin.margins import MarginLoss
 from lightning_altmin.network import Stage
+from lightning_altmin.nn.staircase import Staircase
 from lightning_altmin.objective import AltMinObjective
 
 
@@ -37,6 +39,11 @@ class CodeProblem:
             l1 term is scaled by it, to keep its weight against a signal that has become smaller.
         rate: Set by a solver whose step lengths vary from batch to batch: the share of a plain step of rate 1 that it
             took, a scalar. The weight step divides by these shares; see `WeightProblem.signal`.
+        steps: Set by a solver that stops by itself: how many steps a sample took, averaged over the batch, a scalar.
+        target_margins: How the code above is judged where its solver has said so: it takes the place of the squared
+            distance to the moved code.
+        margins: Set by a solver whose code is to be judged in this way, by its layer's weight step and by the code
+            below.
     """
 
     objective: AltMinObjective
@@ -50,6 +57,9 @@ class CodeProblem:
     measures: bool
     signal: Tensor | None = None
     rate: Tensor | None = None
+    steps: Tensor | None = None
+    target_margins: MarginLoss | None = None
+    margins: MarginLoss | None = None
     _coupling: CouplingGradient | None = field(default=None, repr=False)
 
     @property
@@ -70,7 +80,8 @@ class CodeProblem:
 
     def expect(self, gradients: int) -> None:
         """Say how many gradients will be asked for: from some number on, a linear stage has a cheaper way to them."""
-        if gradients > 1 and self.target_move is not None and self.objective.couples_by_squares:
+        squares = self.target_margins is None and self.objective.couples_by_squares
+        if gradients > 1 and self.target_move is not None and squares:
             self._coupling = self.above.repeated_coupling(self.forward, self.state, self.target_move, gradients)
 
     def gradient(self, move: Tensor | None = None) -> Tensor:
@@ -114,6 +125,8 @@ class CodeProblem:
         output = self.above.fixed(code, self.state).output()
         if self.target_move is None:
             value = self.objective.code_loss_value(self.loss.elsewhere(output))
+        elif self.target_margins is not None:
+            value = self.target_margins.values(output).sum()
         else:
             value = self.objective.code_coupling_value(output - self.target)
         value = value + self.objective.code_anchor_value(move)
@@ -137,6 +150,9 @@ class CodeProblem:
         if self.target_move is None:
             loss = self.loss if change is None else self.loss.elsewhere(self.forward_output + change)
             return self.objective.code_loss_gradient(loss)
+        if self.target_margins is not None:
+            output = self.forward_output if change is None else self.forward_output + change
+            return self.target_margins.gradient(output) / self.objective.mu
         residual = -self.target_move if change is None else change - self.target_move
         return self.objective.code_coupling_gradient(residual)
 
@@ -154,8 +170,24 @@ class CodeSolver(nn.Module, ABC):
     def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
         """Called once with what it will be asked to solve; a solver that cannot do it refuses here.
 
+        Here: activations whose derivative is zero, from which a solver that goes by gradients learns nothing.
+
         Raises:
             ValueError: If a stage or a term of the objective cannot be served, naming it.
+        """
+        for stage in stages:
+            for module in stage.modules:
+                if isinstance(module, Staircase):
+                    raise ValueError(
+                        f"codes={type(self).__name__} goes by derivatives, and that of {type(module).__name__} (stage "
+                        f"{stage.name!r}) is zero: nothing below it would be trained. Use codes=DiscreteCodes()"
+                    )
+
+    def check_loss(self, loss: LocalLoss) -> None:
+        """Called once with the loss; a solver that needs more of it than gradients refuses here.
+
+        Raises:
+            ValueError: If the loss cannot give it.
         """
         return
 

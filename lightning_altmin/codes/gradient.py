@@ -23,8 +23,11 @@ class GradientCodes(CodeSolver):
         momentum: In [0, 1).
         nesterov: Use Nesterov momentum; needs ``momentum > 0``.
         tol: In (0, 1); a sample's code stays where it is as soon as its gradient's norm is at most ``tol`` times its
-            norm at the forward code. Each sample is judged by itself. On the CPU the step ends with the last sample;
-            on an accelerator, and compiled, where asking would stall, all ``steps`` are computed.
+            norm at the forward code. A step lowers the objective by ``lr mu ||g||^2`` to first order, so this is when
+            it would bring no more than the share ``tol^2`` of what the first one brought. Each sample is judged by
+            itself. On the CPU the step ends with the last sample; on an accelerator, and compiled, where asking would
+            stall, all ``steps`` are computed. The steps taken are counted in ``Step.code_steps``; `CodeMonitor` logs
+            them.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -71,10 +74,11 @@ class GradientCodes(CodeSolver):
                 velocity = gradient.clone() if velocity is None else velocity.mul_(self.momentum).add_(gradient)
                 change = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity
             change = change.mul_(-self.lr) if change is not velocity else change * -self.lr
-            if far is not None and move is not None:
+            if far is not None:
                 change = far.alone(change)
             move = change if move is None else move.add_(change)
         assert move is not None  # steps >= 1
+        problem.steps = None if far is None else far.steps
         return move
 
     def extra_repr(self) -> str:
@@ -89,6 +93,8 @@ class _Far:
         self._share = tol**2
         self._bound: Tensor | None = None
         self._far: Tensor | None = None
+        self.steps: Tensor | None = None
+        """Steps taken so far, averaged over the samples."""
 
     def are_none(self, gradient: Tensor) -> bool:
         """Judge the samples by their gradients; whether all are known to be near enough."""
@@ -102,6 +108,8 @@ class _Far:
         return squares.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(self._far.any())
 
     def alone(self, change: Tensor) -> Tensor:
-        """``change`` of the samples that are far, zero for the others."""
+        """``change`` of the samples that are far, zero for the others; a step is counted."""
         assert self._far is not None
+        steps = self._far.float().mean()
+        self.steps = steps if self.steps is None else self.steps + steps
         return change * self._far.view(-1, *[1] * (change.dim() - 1))

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from torch import nn
 
 # importing the rules registers them
-from lightning_altmin.engines import activations, conv, dropout, linear, normalization, pooling  # noqa: F401
+from lightning_altmin.engines import (  # noqa: F401
+    activations,
+    conv,
+    dropout,
+    linear,
+    normalization,
+    pooling,
+    staircase,
+)
 from lightning_altmin.engines.autograd import AutogradEngine
 from lightning_altmin.engines.base import BatchState, CouplingGradient, Gradients, StageEngine, StageMap
 from lightning_altmin.engines.closed_form import ClosedFormEngine, closed_form, has_closed_form

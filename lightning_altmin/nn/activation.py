@@ -4,6 +4,8 @@ import importlib
 
 from torch import nn
 
+from lightning_altmin.nn.staircase import Sign, Step
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
@@ -12,7 +14,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "selu": nn.SELU,
     "sigmoid": nn.Sigmoid,
     "silu": nn.SiLU,
+    "sign": Sign,
     "softplus": nn.Softplus,
+    "step": Step,
     "tanh": nn.Tanh,
 }
 

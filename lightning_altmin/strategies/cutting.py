@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.altmin import AltMin
+from lightning_altmin.codes import DiscreteCodes
 from lightning_altmin.engines.batch_norm_state import uses_batch_statistics
 from lightning_altmin.processes import Processes
 
@@ -71,6 +72,8 @@ def refuse_uncuttable(core: AltMin, world: int) -> None:
         raise ValueError(f"LayerParallel takes one weight step per batch, weights.steps is {core.weights.steps}")
     if core._compiled is not None:
         raise ValueError("LayerParallel runs the phases of a batch on several processes: use compile=False")
+    if isinstance(core.codes, DiscreteCodes):
+        raise ValueError("LayerParallel hands down moves and shares, not the margins of codes=DiscreteCodes")
     if not core.objective.per_sample:
         raise ValueError(f"{type(core.objective).__name__} depends on the size of a batch, which LayerParallel cuts up")
     if type(core.processes) is not Processes:

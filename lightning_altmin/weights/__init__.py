@@ -5,12 +5,16 @@ from lightning_altmin.weights.bcd import bcd
 from lightning_altmin.weights.layerwise import LayerwiseWeights
 from lightning_altmin.weights.local_gradient import LocalGradient
 from lightning_altmin.weights.memory import CoactivationMemory
+from lightning_altmin.weights.proximal import ProximalAdam, ProximalSGD, ProximalWeights
 from lightning_altmin.weights.ridge import SingularStatisticsWarning, ridge_solution
 
 __all__ = [
     "CoactivationMemory",
     "LayerwiseWeights",
     "LocalGradient",
+    "ProximalAdam",
+    "ProximalSGD",
+    "ProximalWeights",
     "SingularStatisticsWarning",
     "WeightProblem",
     "WeightSolver",

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_altmin.engines import BatchState, Gradients, StageMap
 from lightning_altmin.losses import LossAt
+from lightning_altmin.margins import MarginLoss
 from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.processes import Processes
@@ -39,6 +40,8 @@ class WeightProblem:
         signal: The share of a plain step of rate 1 that reached this code, if the code solver's steps vary: the
             coupling's gradient is divided by it. A positive factor leaves the coupling's minimum where it is; this one
             keeps the gradient's size from following the code solver's step lengths. `None` with several weight steps.
+        margins: How the stage's code is judged where its code solver has said so: it takes the place of the squared
+            distance to the moved code.
         processes: Who else has samples of this batch.
         number: Number of the batch, counted from 0 since training began.
         inner: Number of weight steps already taken on this batch: from the first on, ``forward_output`` is no longer
@@ -54,6 +57,7 @@ class WeightProblem:
     input_move: Tensor | None
     loss: LossAt
     signal: Tensor | None = None
+    margins: MarginLoss | None = None
     processes: Processes = field(default_factory=Processes)
     passing: bool = False
     """Whether `last_gradients` may let go of the tensors above as soon as it is done with them."""
@@ -83,10 +87,15 @@ class WeightProblem:
         """The stage's moved code, shape ``(batch, *code)``; the output stage has none.
 
         Raises:
-            ValueError: If this is the output stage's problem.
+            ValueError: If this is the output stage's problem, or the code is judged by its margins.
         """
         if self.move is None:
             raise ValueError("the output stage has no code: its target is the loss's")
+        if self.margins is not None:
+            raise ValueError(
+                f"stage {self.stage.name!r} has no target, a staircase reads its code: it is judged by margins, which "
+                "only solvers that go by gradients can use, such as LocalGradient()"
+            )
         return self.forward_output + self.move
 
     def gradients(self) -> Gradients:
@@ -95,12 +104,16 @@ class WeightProblem:
 
     def last_gradients(self) -> Gradients:
         """The same where nothing will be asked of this problem afterwards: its tensors are freed on the way."""
+        return self._with_sparsity(self.last_smooth_gradients())
+
+    def last_smooth_gradients(self) -> Gradients:
+        """`last_gradients` without the l1 term."""
         stage, output_gradient = self.live, self.output_gradient
         if self.passing:
             for name in ("state", "forward_input", "forward_output", "input_move", "move", "loss"):
                 self.__dict__.pop(name, None)
             self._live = self._output_gradient = None
-        return self._with_sparsity(stage.parameter_gradients(output_gradient))
+        return stage.parameter_gradients(output_gradient)
 
     def _with_sparsity(self, gradients: Gradients) -> Gradients:
         if self.objective.lambda_w > 0:
@@ -134,6 +147,12 @@ class WeightProblem:
     def _find_output_gradient(self) -> Tensor:
         if self.move is None:
             return (self.loss if self.known else self.loss.elsewhere(self.live.output())).mean_gradient()
+        if self.margins is not None:
+            output = self.forward_output if self.known else self.live.output()
+            if not self.passing:
+                self.residual = output - self.forward_output - self.move
+            gradient = self.margins.gradient(output).div_(output.shape[0])
+            return gradient if self.signal is None else gradient.div_(self.signal)
         # As a sum of differences: f(input) - (c_forward + move) would round away a move that is small beside the code.
         if self.known:
             residual = self.move.neg_() if self.spends and self.move.is_contiguous() else -self.move
@@ -178,6 +197,14 @@ class WeightSolver(nn.Module, ABC):
     uses_up: bool = False
     sets_weights: bool = False
     traceable: bool = True
+
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+        """Called once with what it will be asked to solve; a solver that cannot do it refuses here.
+
+        Raises:
+            ValueError: If a stage or a term of the objective cannot be served, naming it.
+        """
+        return
 
     def inputs_of(self, stage: Stage) -> Inputs:
         """Which codes the weight step of this stage reads."""

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_altmin.engines import Gradients
 from lightning_altmin.network import Stage
+from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 from lightning_altmin.weights.local_gradient import DEFAULT
@@ -53,6 +54,10 @@ class LayerwiseWeights(WeightSolver):
             if name in solvers:
                 return solvers[name]
         raise ValueError(f"solvers gives nothing for stage {stage.name!r}; add it or {DEFAULT!r}")
+
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+        for solver in self._solvers:
+            solver.check([s for s in stages if self._solver(s) is solver], objective)  # type: ignore[operator]
 
     def inputs_of(self, stage: Stage) -> Inputs:
         return self._solver(stage).inputs_of(stage)

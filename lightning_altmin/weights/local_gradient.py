@@ -70,12 +70,16 @@ class LocalGradient(WeightSolver):
         return other
 
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
-        groups = [{"params": params, "name": s.name} for s in stages if (params := trainable(s))]
+        groups = self.groups(stages)
         if not groups:
             raise ValueError("network has no trainable parameter")
         if not isinstance(self._factory, Mapping):
             return self._factory(groups)
         return self._composite(self._factory, groups, {stage.name for stage in stages})
+
+    def groups(self, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+        """The parameter groups that the factories are given, one per stage with something to train."""
+        return [{"params": params, "name": s.name} for s in stages if (params := trainable(s))]
 
     def _composite(
         self, factories: Mapping[str, OptimizerFactory], groups: list[dict[str, Any]], names: set[str]

@@ -253,3 +253,17 @@ def test_refusals(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match=r"Quiet.training_step must return"):
         trainer(tmp_path, [CodeMonitor(1)]).fit(Quiet(network()), datamodule=RandomData())
+
+
+def test_steps_of_an_adaptive_stop_are_logged(tmp_path: Path) -> None:
+    """Would catch a count that is not logged, or is logged where the number of steps is fixed.
+
+    A tolerance that no step can reach takes all steps: exactly 4.
+    """
+    for tol, expected in ((1e-12, 4.0), (None, None)):
+        monitor, data = CodeMonitor(every_n_steps=1), RandomData(N, N, shuffle=False)
+        model = module(network=relu_network(), codes=GradientCodes(4, 0.01, tol=tol))
+        trainer(tmp_path, [monitor], max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+        (row,) = monitor.history
+        assert row.get("codes/0/steps") == expected
+        assert row.get("codes/2/steps") == expected

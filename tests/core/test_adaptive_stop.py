@@ -77,3 +77,24 @@ def test_a_sample_without_gradient_stays() -> None:
         module[4].weight.zero_()
     for move in moves(module, GradientCodes(20, 0.25, tol=0.2), x, y):
         assert torch.equal(move, torch.zeros_like(move))
+
+
+def test_steps_are_counted_for_each_sample_and_averaged() -> None:
+    """Catches the maximum of the batch in place of the mean, and a count of gradients in place of steps.
+
+    The lower code's samples need 3 steps each (halved until below 0.2); one sample that has no gradient needs none
+    after its first, so 2 samples of which one is still make (3 + 1) / 2.
+    """
+    module, x, y = halving()
+    core = AltMin(module, nn.CrossEntropyLoss(), AltMinObjective(mu=0.7), GradientCodes(20, 0.25, tol=0.2))
+    step = core.encode(x, y)
+    core.solve_codes(step)
+    assert float(step.code_steps[0]) == 3.0  # type: ignore[arg-type]
+    problem = list(core.code_problems(step))[1][0]
+    assert problem.target_move is not None
+    problem.target_move = problem.target_move[:2] * torch.tensor([[1.0], [0.0]])
+    problem.forward, problem.forward_output = problem.forward[:2], problem.forward_output[:2]
+    core.codes.solve(problem)
+    assert float(problem.steps) == 2.0  # type: ignore[arg-type]
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(3, 0.25))
+    assert core.step(x, y).code_steps == [None, None]

@@ -14,6 +14,7 @@ from lightning_altmin import (
     AltMinObjective,
     CodedNetwork,
     CurvatureCodes,
+    DiscreteCodes,
     GradientCodes,
     LeastSquaresCodes,
     LocalGradient,
@@ -42,6 +43,10 @@ def sigmoid() -> nn.Module:
     return MLP(6, [9, 8], 4, activation="sigmoid").double()
 
 
+def signs() -> nn.Module:
+    return MLP(6, [9, 8], 4, activation="sign").double()
+
+
 def conv() -> nn.Module:
     layers = [
         nn.Conv2d(1, 3, 3),
@@ -68,13 +73,14 @@ CODES: dict[str, Any] = {
     "curvature": CurvatureCodes,
     "gradient": lambda: GradientCodes(3, 0.2, 0.9, nesterov=True),
     "least squares": LeastSquaresCodes,
+    "discrete": lambda: DiscreteCodes(flips=5),
 }
 
 
 @pytest.mark.parametrize(
     ("make", "codes"),
-    [(mlp, "curvature"), (conv, "gradient"), (plain, "least squares"), (sigmoid, "least squares")],
-    ids=["mlp", "conv", "least squares", "least squares, sigmoid"],
+    [(mlp, "curvature"), (conv, "gradient"), (plain, "least squares"), (sigmoid, "least squares"), (signs, "discrete")],
+    ids=["mlp", "conv", "least squares", "least squares, sigmoid", "discrete"],
 )
 def test_compiled_steps_are_the_eager_ones(make: Any, codes: str) -> None:
     """Catches a phase that is compiled wrongly, a buffer that is not updated, or results of another batch."""

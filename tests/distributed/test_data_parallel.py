@@ -13,8 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_altmin import AltMin, AltMinObjective, CodedNetwork, CurvatureCodes, GradientCodes, LocalGradient
+from lightning_altmin import (
+    AltMin,
+    AltMinObjective,
+    CodedNetwork,
+    CurvatureCodes,
+    DiscreteCodes,
+    GradientCodes,
+    LocalGradient,
+    ProximalWeights,
+)
 from lightning_altmin.guard import NonFiniteError
+from lightning_altmin.nn import MLP, Sign
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import ProcessError, join_gloo, launch
@@ -102,6 +112,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "another coupling": {"objective": SmoothL1Coupling()},
     "several code steps": {"codes": CurvatureCodes(steps=3, every=2)},
     "gradient codes": {"codes": GradientCodes(steps=2, momentum=0.5)},
+    "discrete codes": {
+        "network": MLP(6, [8, 7], 3, activation=Sign).double(),
+        "codes": DiscreteCodes(flips=4),
+        "objective": AltMinObjective(mu=0.01),
+    },
+    "proximal weights": {"weights": ProximalWeights(), "objective": AltMinObjective(lambda_w=0.01)},
     "several weight steps": {"weights": LocalGradient(OPTIMIZERS["adam"], steps=3)},
     "an optimizer per layer": {"weights": LocalGradient({"0": OPTIMIZERS["sgd"], "default": OPTIMIZERS["adam"]})},
     "another engine": {"network": CodedNetwork(mlp().double(), engine="autograd")},
@@ -118,7 +134,8 @@ def test_settings_equal_one_process(name: str) -> None:
         network = settings.pop("network", None)
         if network is None:
             return model("mlp", torch.float64, processes, **settings)
-        return AltMin(network, nn.CrossEntropyLoss(), codes=CurvatureCodes(every=2), processes=processes)
+        settings = {"codes": CurvatureCodes(every=2)} | settings
+        return AltMin(network, nn.CrossEntropyLoss(), processes=processes, **settings)
 
     def share(rank: int) -> State:
         return train(fresh(DataParallel()), [part(batch, (6, 3), rank) for batch in data])

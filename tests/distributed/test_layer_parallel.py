@@ -10,8 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_altmin import AltMin, AltMinObjective, CurvatureCodes, GradientCodes, LineSearchCodes, LocalGradient
+from lightning_altmin import (
+    AltMin,
+    AltMinObjective,
+    CurvatureCodes,
+    DiscreteCodes,
+    GradientCodes,
+    LineSearchCodes,
+    LocalGradient,
+)
 from lightning_altmin.guard import NonFiniteError
+from lightning_altmin.nn import Sign
 from lightning_altmin.strategies import LayerParallel
 from lightning_altmin.strategies.dealing import balanced
 from tests.distributed.gloo import join_gloo, launch
@@ -124,6 +133,9 @@ def test_what_cannot_be_cut_is_refused() -> None:
             LayerParallel(model(weights=LocalGradient(steps=2)))
         with pytest.raises(ValueError, match="depends on the size of a batch"):
             LayerParallel(model(objective=AltMinObjective.reference()))
+        signs = nn.Sequential(nn.Linear(6, 8), Sign(), nn.Linear(8, CLASSES))
+        with pytest.raises(ValueError, match="not the margins of codes=DiscreteCodes"):
+            LayerParallel(AltMin(signs, nn.CrossEntropyLoss(), codes=DiscreteCodes()))
         with pytest.raises(ValueError, match="3 layers cannot be dealt out to 4 processes"):
             LayerParallel(model())
         return True

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.nn import HardThreshold, Quantise, Sign, Step
+
 TOLERANCE = 1e-12
 """The bound of the specification on the difference of engines, in float64, relative to the largest entry."""
 
@@ -120,6 +122,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "elu": nn.ELU,
     "elu-alpha": lambda: nn.ELU(0.4),
+    "sign": Sign,
+    "step-threshold": lambda: Step(0.3),
+    "hard-threshold": lambda: HardThreshold(0.6),
+    "quantise": lambda: Quantise(2, -1.0, 2.0),
     "softplus": nn.Softplus,
     "softplus-beta": lambda: nn.Softplus(beta=3.0, threshold=4.0),
 }

@@ -160,6 +160,10 @@ FORMULAS: dict[str, Callable[[float], float]] = {
     "silu": lambda x: x / (1 + math.exp(-x)),
     "elu": lambda x: x if x > 0 else math.exp(x) - 1,
     "elu-alpha": lambda x: x if x > 0 else 0.4 * (math.exp(x) - 1),
+    "sign": lambda x: 1.0 if x >= 0 else -1.0,
+    "step-threshold": lambda x: float(x >= 0.3),
+    "hard-threshold": lambda x: float(x >= 0.6) - float(x < -0.6),
+    "quantise": lambda x: -1.0 + (x >= -0.5) + (x >= 0.5) + (x >= 1.5),
     "softplus": lambda x: x if x > 20 else math.log1p(math.exp(x)),
     "softplus-beta": lambda x: x if 3 * x > 4 else math.log1p(math.exp(3 * x)) / 3,
 }
@@ -171,7 +175,7 @@ def test_activation(name: str, kind: str) -> None:
     """Catches a wrong function or a wrong parameter (slope, alpha, beta, threshold, range) of an activation; slopes
     are held against central differences of the formula.
     """
-    points = [-8.0, -2.1, -0.7, -0.2, 0.3, 0.9, 1.2, 1.6, 2.5, 5.0, 6.6, 21.0]
+    points = [-8.0, -2.1, -0.7, -0.2, 0.35, 0.9, 1.2, 1.6, 2.5, 5.0, 6.6, 21.0]
     x = torch.tensor([points], dtype=torch.float64)
     engine = stage_engine([ACTIVATIONS[name]()], kind)
     output, state = engine.encode(x)

@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_altmin import AltMinModule, BackpropModule, GradientCodes, LeastSquaresCodes, LocalGradient
+from lightning_altmin import (
+    AltMinModule,
+    AltMinObjective,
+    BackpropModule,
+    DiscreteCodes,
+    GradientCodes,
+    LeastSquaresCodes,
+    LocalGradient,
+    ProximalWeights,
+)
+from lightning_altmin.nn import Sign
 from lightning_altmin.random_state import random_state, set_random_state
 from tests.module.interruption import assert_equal, assert_resumes, final_state
-from tests.module.problems import loader, network, samples, trainer
+from tests.module.problems import CLASSES, FEATURES, loader, network, samples, trainer
 
 BATCHES = 5
 EPOCHS = {"max_epochs": 3}
@@ -92,6 +103,15 @@ def least_squares(**settings: Any) -> AltMinModule:
     return AltMinModule(network(), codes=LeastSquaresCodes(), **({"lr_scheduler": step_schedule} | settings))
 
 
+def discrete(**settings: Any) -> AltMinModule:
+    """Margins and a search, and the curvature of a smooth code below; soft thresholds of Adam's own steps."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 7), Sign(), nn.Linear(7, CLASSES))
+    objective, codes = AltMinObjective(mu=0.1, lambda_w=1e-3), DiscreteCodes(flips=3)
+    solvers: dict[str, Any] = {"objective": objective, "codes": codes, "weights": ProximalWeights()}
+    return AltMinModule(nn.Sequential(*layers), **solvers, **({"lr_scheduler": step_schedule} | settings))
+
+
 def backprop(**settings: Any) -> BackpropModule:
     """The twin, with dropout and BatchNorm as well."""
     return BackpropModule(network(0.3, norm=True), **({"lr_scheduler": step_schedule} | settings))
@@ -103,7 +123,7 @@ def data(kind: str, validation: bool) -> Callable[[], dict[str, Any]]:
     return lambda: {"train_dataloaders": LOADERS[kind](), **val}
 
 
-both = pytest.mark.parametrize("make", [altmin, backprop, least_squares])
+both = pytest.mark.parametrize("make", [altmin, backprop, least_squares, discrete])
 
 
 @both

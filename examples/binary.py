@@ -1,0 +1,288 @@
+"""Networks of sign activations without a straight-through estimator, beside those with one, on MNIST.
+
+    python examples/binary.py --root data
+    python examples/binary.py --table
+
+784-500-500-10, batch 200, Adam with a cosine to zero; 50,000 images train, 10,000 validate after every epoch, and the
+test set is asked once, at the end. Rates and search settings were chosen by validation accuracy with seed 0
+(``--tune``). Rows are appended to docs/results/binary.csv as runs end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from deep_networks import EpochClock
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+
+from lightning_altmin import (
+    AltMinModule,
+    AltMinObjective,
+    BackpropModule,
+    DiscreteCodes,
+    GradientCodes,
+    LocalGradient,
+)
+from lightning_altmin.codes import CodeProblem
+from lightning_altmin.data import VisionDataModule
+from lightning_altmin.margins import MarginLoss
+from lightning_altmin.nn import MLP, HardThreshold, Quantise, Sign, Step
+from lightning_altmin.nn.integer import IntegerNetwork
+
+matplotlib.use("Agg")
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "binary.csv"
+COLUMNS = ("method", "seed", "epoch", "val_accuracy", "seconds", "test_accuracy", "integer_accuracy", "integer_differs")
+MEAN, STD = 0.1307, 0.3081  # of the pixels, as VisionDataModule normalises them
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Sign whose gradient is that of a clipped identity: what DiscreteCodes does without."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x.abs() <= window)
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None
+
+
+class StraightThroughSign(nn.Module):
+    """A sign that lies about its gradient: 1 within the window, as if it were the identity there."""
+
+    def __init__(self, window: float = 1.0) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _StraightThrough.apply(x, self.window)
+        return y
+
+
+def discrete(
+    activation: type[nn.Module],
+    lr: float,
+    flips: int,
+    mu: float,
+    codes: type[DiscreteCodes] = DiscreteCodes,
+    **schedule: Any,
+) -> LightningModule:
+    return AltMinModule(
+        MLP(784, [500, 500], 10, activation=activation),
+        codes=codes(flips=flips),
+        weights=LocalGradient(functools.partial(torch.optim.Adam, lr=lr, fused=True)),
+        objective=AltMinObjective(mu=mu),
+        **schedule,
+    )
+
+
+def backprop(activation: type[nn.Module], lr: float, **schedule: Any) -> LightningModule:
+    adam = functools.partial(torch.optim.Adam, lr=lr, fused=True)
+    return BackpropModule(MLP(784, [500, 500], 10, activation=activation), optimizer=adam, **schedule)
+
+
+def official(**schedule: Any) -> LightningModule:
+    """The recipe of the authors' released code: the first layer binary, with a straight-through estimator inside.
+
+    Its rate of 0.008 is halved every 8 epochs there; here it follows the cosine of the others.
+    """
+    network = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(784, 500, bias=False), nn.BatchNorm1d(500)),
+        *(nn.Dropout(0.2), nn.Tanh(), StraightThroughSign(float("inf"))),
+        *(nn.Linear(500, 500, bias=False), nn.BatchNorm1d(500), nn.Dropout(0.2), nn.Tanh(), nn.Linear(500, 10)),
+    )
+    return AltMinModule(
+        network,
+        codes=GradientCodes(steps=10, lr=0.3, momentum=0.9, nesterov=True),
+        weights=LocalGradient(functools.partial(torch.optim.Adam, lr=0.008, fused=True)),
+        objective=AltMinObjective.reference(mu=0.003),
+        **schedule,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HingeLoss(MarginLoss):
+    """The ramp without its end on the far side: a unit is pulled from however far away it is."""
+
+    def gradient(self, code: Tensor) -> Tensor:
+        above, below = code - self.above, self.below - code
+        rising = torch.where(torch.where(self.up < 0, above, -above) < self.margin, self.up, 0)
+        falling = torch.where(torch.where(self.down < 0, below, -below) < self.margin, self.down, 0)
+        return (rising - falling) / (2 * self.margin)
+
+
+class HingeCodes(DiscreteCodes):
+    """DiscreteCodes with hinges, to see what the ramp is good for."""
+
+    def solve(self, problem: CodeProblem) -> Tensor:
+        move = super().solve(problem)
+        assert problem.margins is not None
+        problem.margins = HingeLoss(**vars(problem.margins))
+        return move
+
+
+METHODS: dict[str, Callable[..., LightningModule]] = {
+    "discrete codes": functools.partial(discrete, Sign, lr=0.002, flips=4, mu=0.05),
+    "discrete codes, flips=0": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=0.05),
+    "hinge, flips=0": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=0.05, codes=HingeCodes),
+    "straight-through backprop": functools.partial(backprop, StraightThroughSign, lr=0.002),
+    "official recipe": official,
+    "tanh backprop": functools.partial(backprop, nn.Tanh, lr=0.002),
+    "step": functools.partial(discrete, Step, lr=0.002, flips=0, mu=1.0),
+    "hard threshold": functools.partial(discrete, HardThreshold, lr=0.002, flips=0, mu=1.0),
+    "2 bits": functools.partial(discrete, Quantise, lr=0.002, flips=0, mu=1.0),
+}
+TUNED = {
+    "straight-through backprop": [{"lr": lr} for lr in (0.001, 0.002, 0.004)],
+    "tanh backprop": [{"lr": lr} for lr in (0.001, 0.002)],
+    "discrete codes": [{"flips": f, "mu": mu} for f in (4, 16) for mu in (0.01, 0.05, 0.1)],
+    "discrete codes, flips=0": [{"lr": lr} for lr in (0.001, 0.002, 0.004)],
+}
+
+
+def run(make: Callable[..., LightningModule], seed: int, epochs: int, data: VisionDataModule) -> tuple[Any, EpochClock]:
+    """Train once."""
+    clock = EpochClock()
+    seed_everything(seed, verbose=False)
+    data.setup("fit")
+    steps = epochs * len(data.train_dataloader())
+    schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
+    module = make(lr_scheduler=schedule, lr_interval="step")
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, callbacks=[clock], **quiet)
+    trainer.fit(module, datamodule=data)
+    return trainer, clock
+
+
+def integer_check(network: nn.Sequential, root: str) -> tuple[float, int]:
+    """Test accuracy in integer arithmetic with 8-bit weights, and at how many images a float network differs.
+
+    The float network has the same rounded weights, in double precision.
+    """
+    from torchvision.datasets import MNIST
+
+    test = MNIST(root, train=False)
+    integer = IntegerNetwork(network, zero=255 * MEAN, unit=1 / (255 * STD))
+    predictions = torch.cat([integer.predict(pixels) for pixels in test.data.split(500)])
+    with torch.no_grad():
+        outputs = integer.rounded((test.data.double() - 255 * MEAN) / (255 * STD))
+    accuracy = float((predictions == test.targets).double().mean())
+    return accuracy, int((predictions != outputs.argmax(1)).sum())
+
+
+def measure(method: str, seed: int, epochs: int, data: VisionDataModule, root: str) -> None:
+    """Train, test once, and append a row per epoch."""
+    trainer, clock = run(METHODS[method], seed, epochs, data)
+    test = trainer.test(trainer.lightning_module, datamodule=data, verbose=False)[0]["test_acc"]
+    integer: tuple[Any, Any] = ("", "")
+    if METHODS[method].func is discrete:  # type: ignore[attr-defined]
+        accuracy, differs = integer_check(trainer.lightning_module.network, root)
+        integer = (f"{accuracy:.4f}", differs)
+    rows = [
+        (method, seed, epoch, f"{accuracy:.4f}", f"{seconds:.1f}", "", "", "")
+        for epoch, (accuracy, seconds) in enumerate(clock.rows, 1)
+    ]
+    rows[-1] = (*rows[-1][:5], f"{test:.4f}", *integer)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+def table() -> str:
+    """What docs/binary.md shows, from the committed rows."""
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| method | seeds | test accuracy % | in integers % | first epoch % (validation) | seconds per epoch |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for method in METHODS:
+        ends = [row for row in rows if row["method"] == method and row["test_accuracy"]]
+        if not ends:
+            continue
+        first = [100 * float(r["val_accuracy"]) for r in rows if r["method"] == method and r["epoch"] == "1"]
+        pace = statistics.median(float(row["seconds"]) / int(row["epoch"]) for row in ends)
+        integer = [float(row["integer_accuracy"]) for row in ends if row["integer_accuracy"]]
+        lines.append(
+            f"| {method} | {len(ends)} | {spread([float(row['test_accuracy']) for row in ends])} | "
+            f"{spread(integer) if integer else ''} | {statistics.mean(first):.1f} | {pace:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(shares: list[float]) -> str:
+    percent = [100 * share for share in shares]
+    return f"{statistics.mean(percent):.2f}" + (f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else "")
+
+
+def plot() -> None:
+    """Validation accuracy over epochs, the mean of the seeds."""
+    from matplotlib import pyplot
+
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for method in METHODS:
+        epochs = sorted({int(row["epoch"]) for row in rows if row["method"] == method})
+        means = [
+            statistics.mean(
+                100 * float(r["val_accuracy"]) for r in rows if r["method"] == method and int(r["epoch"]) == epoch
+            )
+            for epoch in epochs
+        ]
+        if epochs:
+            axes.plot(epochs, means, marker=".", label=method)
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %", title="784-500-500-10 on MNIST")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(RESULTS.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--tune", action="store_true", help="print validation accuracies of the grid, with seed 0")
+    parser.add_argument("--table", action="store_true", help="print the table of the rows there are, and plot them")
+    arguments = parser.parse_args()
+    if arguments.table:
+        plot()
+        print(table())
+        return
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=1 / 6)
+    if arguments.tune:
+        for method in arguments.methods:
+            for setting in TUNED.get(method, []):
+                _, clock = run(functools.partial(METHODS[method], **setting), 0, arguments.epochs, data)
+                print(method, setting, [f"{accuracy:.4f}" for accuracy, _ in clock.rows], flush=True)
+        return
+    for seed in arguments.seeds:
+        for method in arguments.methods:
+            measure(method, seed, arguments.epochs, data, arguments.root)
+
+
+if __name__ == "__main__":
+    main()
