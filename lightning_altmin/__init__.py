@@ -14,6 +14,8 @@ from lightning_altmin.codes import (
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.recurrent import CodedRecurrentNetwork
+from lightning_altmin.sequence_classifier import SequenceClassifier
 from lightning_altmin.step import Step
 from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, LocalGradient, WeightSolver
 
@@ -25,6 +27,7 @@ __all__ = [
     "CoactivationMemory",
     "CodeSolver",
     "CodedNetwork",
+    "CodedRecurrentNetwork",
     "CurvatureCodes",
     "GradientCodes",
     "LayerwiseWeights",
@@ -32,6 +35,7 @@ __all__ = [
     "LineSearchCodes",
     "LocalGradient",
     "ProximalCodes",
+    "SequenceClassifier",
     "Step",
     "WeightSolver",
     "__version__",

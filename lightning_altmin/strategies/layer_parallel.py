@@ -309,6 +309,8 @@ def _refuse_unsupported(core: AltMin, world: int) -> None:
             "LayerParallel cuts a batch into parts, and a BatchNorm in training mode would normalise each part by "
             "itself: use LayerNorm or GroupNorm, put the BatchNorm into eval mode, or use DataParallel"
         )
+    if not core.coded.one_code_per_stage:
+        raise ValueError("LayerParallel needs a code per layer, and a recurrent layer has one per time step")
     if core.weights.steps > 1:
         raise ValueError(f"LayerParallel takes one weight step per batch, weights.steps is {core.weights.steps}")
     if core._compiled is not None:
