@@ -15,6 +15,8 @@ from lightning_altmin.codes import (
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.recurrent import CodedRecurrentNetwork
+from lightning_altmin.sequence_classifier import SequenceClassifier
 from lightning_altmin.step import Step
 from lightning_altmin.weights import (
     CoactivationMemory,
@@ -32,6 +34,7 @@ __all__ = [
     "CoactivationMemory",
     "CodeSolver",
     "CodedNetwork",
+    "CodedRecurrentNetwork",
     "CurvatureCodes",
     "DiscreteCodes",
     "GradientCodes",
@@ -41,6 +44,7 @@ __all__ = [
     "LocalGradient",
     "ProximalCodes",
     "ProximalWeights",
+    "SequenceClassifier",
     "Step",
     "WeightSolver",
     "__version__",

@@ -28,6 +28,7 @@ from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import check_optimizer, clear_gradients, equal_groups_merged
 from lightning_altmin.processes import Processes
+from lightning_altmin.recurrent import coded_network
 from lightning_altmin.step import Step
 from lightning_altmin.verification import Verification, verify
 from lightning_altmin.weights import LocalGradient, WeightProblem, WeightSolver
@@ -37,7 +38,7 @@ class AltMin(nn.Module):
     """Trains a network by online alternating minimization; no Lightning needed.
 
     Args:
-        network: An ``nn.Sequential``, a module with ``.features`` and ``.classifier``, a list of blocks, or a
+        network: An ``nn.Sequential``, a module that can be traced, a list of blocks, an `ElmanRNN`, or a
             `CodedNetwork`. It is trained in place and stays an ordinary module.
         loss: ``loss(output, target)``, a mean over the batch, as in PyTorch.
         objective: Constants of the objective.
@@ -65,7 +66,7 @@ class AltMin(nn.Module):
         processes: Processes | None = None,
     ) -> None:
         super().__init__()
-        self.coded = network if isinstance(network, CodedNetwork) else CodedNetwork(network)
+        self.coded = coded_network(network)
         self.network = self.coded.network
         self.local_loss = local_loss(loss)
         self.loss = loss  # registered if it is a module, so that its buffers move with this one
@@ -81,7 +82,7 @@ class AltMin(nn.Module):
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
-        self.codes.check(self.coded.stages, self.objective)
+        self.codes.check([self.coded.stages[maker] for maker in self.coded.makers()], self.objective)
         self.codes.check_loss(self.local_loss)
         self.weights.check(self.coded.stages, self.objective)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
@@ -94,7 +95,7 @@ class AltMin(nn.Module):
         self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple: not registered twice
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
-        self._split_verified = not self.coded.split_by_name
+        self._split_verified = not self.coded.split_found
         self._compiled = CompiledBatch(self, compile) if compile else None
 
     # ---------------------------------------------------------------- the algorithm
@@ -161,9 +162,9 @@ class AltMin(nn.Module):
             loss,
             encoding.codes,
             moves=[code.new_zeros(()).expand_as(code) for code in encoding.codes],  # not moved yet, no memory
-            _signals=[None] * self.coded.depth,
-            _margins=[None] * self.coded.depth,
-            code_steps=[None] * self.coded.depth,
+            _signals=[None] * len(encoding.codes),
+            _margins=[None] * len(encoding.codes),
+            code_steps=[None] * len(encoding.codes),
             _loss_at=loss_at,
             _states=encoding.states,
             _keep=keep_codes,
@@ -180,9 +181,9 @@ class AltMin(nn.Module):
         """
         if step._solved is not None:
             return
-        frees = not step._keep and self.weights.steps == 1
+        frees = not step._keep and self.weights.steps == 1 and self.coded.one_code_per_stage
         gradients: Gradients = []
-        for level in range(self.coded.depth - 1, -1, -1):
+        for level in range(len(step.codes_forward) - 1, -1, -1):
             self.move_code(step, level)
             if frees:
                 gradients += self._passing_gradients(step, level + 1)
@@ -255,20 +256,22 @@ class AltMin(nn.Module):
 
     def code_problems(self, step: Step) -> Iterator[tuple[CodeProblem, int]]:
         """The codes' problems from the top down; each is made when asked for, from the codes as they are then."""
-        return ((self.code_problem(step, level), level) for level in range(self.coded.depth - 1, -1, -1))
+        levels = range(len(step.codes_forward) - 1, -1, -1)
+        return ((self.code_problem(step, level), level) for level in levels)
 
     def code_problem(self, step: Step, level: int) -> CodeProblem:
         """The problem of one code, counted from 0 at the bottom, from the codes as they are now."""
-        is_top = level == self.coded.depth - 1
+        makers = self.coded.makers(len(step.codes_forward))
+        is_top = level == len(step.codes_forward) - 1
         return CodeProblem(
             objective=self.objective,
-            above=self.coded.stages[level + 1],
+            above=self.coded.stages[makers[level + 1]],
             state=step._states[level + 1],
             forward=step.codes_forward[level],
             forward_output=step.output if is_top else step.codes_forward[level + 1],
             target_move=None if is_top else step.moves[level + 1],
             loss=step._loss_at,
-            level=level,
+            level=makers[level],
             measures=step._measures,
             signal=None if is_top else step._signals[level + 1],
             target_margins=None if is_top else step._margins[level + 1],
@@ -281,19 +284,18 @@ class AltMin(nn.Module):
     def weight_problem(self, step: Step, level: int, inner: int = 0) -> WeightProblem:
         """The problem of one stage, counted from 0 at the bottom."""
         stage = self.coded.stages[level]
-        forward = step.x if level == 0 else step.codes_forward[level - 1]
-        move = step.moves[level - 1] if level > 0 and self.weights.inputs_of(stage) == "moved" else None
+        data = self.coded.stage_data(step, level, self.weights.inputs_of(stage) == "moved")
         return WeightProblem(
             objective=self.objective,
             stage=stage,
-            state=step._states[level],
-            forward_input=forward,
-            forward_output=step.output if stage.is_output else step.codes_forward[level],
-            move=None if stage.is_output else step.moves[level],
-            input_move=move,
+            state=data.state,
+            forward_input=data.forward_input,
+            forward_output=data.forward_output,
+            move=data.move,
+            input_move=data.input_move,
             loss=step._loss_at,
-            signal=None if stage.is_output else step._signals[level],
-            margins=None if stage.is_output else step._margins[level],
+            signal=data.signal,
+            margins=data.margins,
             processes=self.processes,
             number=step.number,
             inner=inner,

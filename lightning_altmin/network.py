@@ -6,12 +6,17 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines import BatchState, CouplingGradient, StageEngine, StageMap, stage_engine
+from lightning_altmin.margins import MarginLoss
+from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
+
+if TYPE_CHECKING:
+    from lightning_altmin.step import Step
 
 _NORMALIZATION = (
     nn.modules.batchnorm._NormBase,
@@ -22,6 +27,7 @@ _NORMALIZATION = (
 )
 _PARAMETRIC_TRANSFER = (nn.PReLU,)
 BatchNormInCodeStep = Literal["fixed", "live"]
+Blocks = Sequence[nn.Module | type[nn.Module] | str]
 
 
 class Stage:
@@ -50,7 +56,12 @@ class Stage:
         self.transfer = list(transfer)
         self.affine = list(affine)
         self.is_output = is_output
-        self.engine: StageEngine = stage_engine(self.modules, engine)
+        self.engine: StageEngine
+        self.use_engine(engine)
+
+    def use_engine(self, engine: str) -> None:
+        """Evaluate the stage by another engine; see `lightning_altmin.engines.stage_engine`."""
+        self.engine = stage_engine(self.modules, engine)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -107,18 +118,46 @@ class Encoding:
     states: list[BatchState]
 
 
+@dataclass
+class StageData:
+    """What a batch holds of one stage, for its weight problem.
+
+    Attributes:
+        state: What encode fixed in the stage.
+        forward_input: Its input as encode found it.
+        input_move: How far the input has moved; ``None`` if it has not, or is to be read as it was.
+        forward_output: Its code, or the network's output, as encode found it.
+        move: Move of its code; ``None`` for the output stage.
+        signal: The share of a plain step that reached its code; see `WeightProblem`.
+        margins: How its code is judged; see `WeightProblem`.
+    """
+
+    state: BatchState
+    forward_input: Tensor
+    input_move: Tensor | None
+    forward_output: Tensor
+    move: Tensor | None
+    signal: Tensor | None
+    margins: MarginLoss | None = None
+
+
 class CodedNetwork:
     """A network seen as stages with a code between each two. The network itself is not copied or changed.
 
     Args:
         network: An ``nn.Sequential`` (nested ones are flattened), a list of blocks (each parametrised block is one
-            stage), or a module with ``.features`` and ``.classifier`` (``.avgpool`` between them is respected).
+            stage), or a module whose forward torch.fx can trace, such as torchvision's: it is cut wherever one
+            tensor is all that the rest of the forward reads. A module that cannot be traced is cut by the names
+            ``.features``, ``.avgpool`` (if there is one) and ``.classifier``.
         engine: ``"auto"``, ``"closed_form"`` or ``"autograd"``; see `lightning_altmin.engines.stage_engine`.
         batch_norm: What a BatchNorm in training mode is in the code step: ``"fixed"``, the affine map of encode's batch
             statistics, or ``"live"``, recomputed and differentiated through as in the weight step. A code's move shifts
             the statistics that a live one takes away again; a fixed one does not know that, and in convolutional
             networks teaches the layers below shifts that have no effect. With ``"live"`` the codes of a batch are one
             problem, no longer independent of each other.
+        blocks: Modules of the network that are to be one stage each, however many layers they have: by name
+            (``"layer1"``), by type (``BasicBlock``), or the modules themselves. Without a network, the blocks in order
+            are the network.
 
     A stage's layer is one Linear, convolution, Embedding or other parametrised block, plus the normalisation
     directly after it; anything else parametrised (PReLU, a late BatchNorm) belongs to the transfer of the next
@@ -127,33 +166,66 @@ class CodedNetwork:
     Raises:
         TypeError: If the network is of none of these kinds.
         ValueError: If it has no hidden layer, shares a parameter between stages, has a trainable parameter that no
-            stage uses, or has uninitialised (lazy) parameters.
+            stage uses, or has uninitialised (lazy) parameters; if ``blocks`` names what is not there.
     """
 
     def __init__(
         self,
-        network: nn.Module | Sequence[nn.Module],
+        network: nn.Module | Sequence[nn.Module] | None = None,
         engine: str = "auto",
         batch_norm: BatchNormInCodeStep = "fixed",
+        blocks: Blocks | None = None,
     ) -> None:
         if batch_norm not in ("fixed", "live"):
             raise ValueError(f"batch_norm must be 'fixed' or 'live', got {batch_norm!r}")
+        self._reasons: dict[str, str] = {}
+        self._named = False
         if isinstance(network, nn.Module):
             self.network = network
-            leaves = self._leaves(network)
+            leaves = self._leaves(network, _KeptWhole(network, blocks))
         else:
-            blocks = list(network)
-            if not blocks or not all(isinstance(block, nn.Module) for block in blocks):
-                raise TypeError("network must be a module or a non-empty list of modules (blocks)")
-            self.network = nn.Sequential(*blocks)
-            leaves = [(str(index), block) for index, block in enumerate(blocks)]
+            leaves = self._listed(network, blocks)
         self.stages = _split(leaves, engine, batch_norm)
         self._refuse_unusable()
 
+    one_code_per_stage = True
+    """Whether a stage's weight problem can be solved as soon as its own code and the one below have moved."""
+
     @property
     def depth(self) -> int:
-        """Number of codes, L."""
+        """Number of stages with codes, L."""
         return len(self.stages) - 1
+
+    def makers(self, codes: int | None = None) -> list[int]:
+        """Which stage makes each of a batch's codes, from the first one up, and its output: indices of `stages`.
+
+        Args:
+            codes: Number of codes; as many as there are stages with codes if not given.
+        """
+        return list(range(self.depth + 1))
+
+    def first_input(self, x: Tensor) -> Tensor:
+        """What the first stage reads in the place of a code."""
+        return x
+
+    def stage_data(self, step: Step, index: int, moved: bool) -> StageData:
+        """What a batch holds of one stage.
+
+        Args:
+            step: The batch, its codes solved.
+            index: The stage, counted from 0 at the bottom.
+            moved: Whether the moved code below is the stage's input, or the forward one.
+        """
+        hidden = index < self.depth
+        return StageData(
+            step._states[index],
+            step.x if index == 0 else step.codes_forward[index - 1],
+            step.moves[index - 1] if index > 0 and moved else None,
+            step.codes_forward[index] if hidden else step.output,
+            step.moves[index] if hidden else None,
+            step._signals[index] if hidden else None,
+            step._margins[index] if hidden else None,
+        )
 
     def encode(self, x: Tensor) -> Encoding:
         """Forward pass in the modules' current mode, without a graph, keeping every code.
@@ -189,7 +261,7 @@ class CodedNetwork:
         return output
 
     def verify_split(self, x: Tensor) -> None:
-        """Check that the stages compute what the network computes (a ``.features``/``.classifier`` module may not).
+        """Check that the stages compute what the network computes.
 
         Raises:
             ValueError: If they differ.
@@ -197,6 +269,9 @@ class CodedNetwork:
         refusal = (
             f"{type(self.network).__name__}.forward is not features -> (avgpool) -> flatten -> classifier, so its "
             "stages cannot be found by name; pass an nn.Sequential or a list of blocks instead"
+            if self._named
+            else f"the stages that tracing found in {type(self.network).__name__}.forward compute something else; pass "
+            "an nn.Sequential or a list of blocks instead"
         )
         try:
             # In full precision: the two may round at different places.
@@ -209,12 +284,14 @@ class CodedNetwork:
             raise ValueError(refusal)
 
     @property
-    def split_by_name(self) -> bool:
-        """Whether stages were found by the names ``features`` and ``classifier`` and not by an ``nn.Sequential``."""
+    def split_found(self) -> bool:
+        """Whether stages were found by tracing or by name, and not by an ``nn.Sequential``."""
         return not isinstance(self.network, nn.Sequential)
 
     def explain(self, x: Tensor | None = None) -> str:
         """A table of the stages: layer, modules, shape of a sample's code, trainable parameters, engine.
+
+        Below it, why operations that tracing found could not be cut apart.
 
         Args:
             x: Optional sample batch; with it the table shows code shapes. The network is run once in eval mode.
@@ -222,39 +299,60 @@ class CodedNetwork:
         shapes = ["?"] * len(self.stages)
         if x is not None:
             encoding = self.encode_as_evaluated(x)
-            shapes = ["x".join(map(str, c.shape[1:])) for c in (*encoding.codes, encoding.output)]
+            for maker, c in zip(self.makers(len(encoding.codes)), (*encoding.codes, encoding.output), strict=True):
+                shapes[maker] = "x".join(map(str, c.shape[1:]))
         rows = [("stage", "modules", "code", "parameters", "engine")]
         for stage, shape in zip(self.stages, shapes, strict=True):
             count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
             code = f"{shape} (output)" if stage.is_output else shape
             rows.append((stage.name, _describe(stage.modules), code, f"{count:,}", stage.engine.kind))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        table = "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        together: dict[str, list[str]] = {}
+        for name, why in self._reasons.items():
+            together.setdefault(why, []).append(name)
+        reasons = "".join(f"\n{', '.join(names)}: {why}" for why, names in together.items())
+        return f"{table}\n\nKept together:{reasons}" if reasons else table
 
-    def _leaves(self, network: nn.Module) -> list[tuple[str, nn.Module]]:
-        if isinstance(network, nn.Sequential):
-            return list(_flatten(network, ""))
+    def _listed(self, network: Sequence[nn.Module] | None, blocks: Blocks | None) -> list[tuple[str, nn.Module]]:
+        if network is not None and blocks is not None:
+            raise TypeError("blocks selects modules of one network; network is a list of blocks already")
+        listed = list(blocks or () if network is None else network)
+        modules = [block for block in listed if isinstance(block, nn.Module)]
+        if not modules or len(modules) < len(listed):
+            raise TypeError("network must be a module or a non-empty list of modules (blocks)")
+        self.network = nn.Sequential(*modules)
+        return [(str(index), block) for index, block in enumerate(modules)]
+
+    def _leaves(self, network: nn.Module, kept: _KeptWhole) -> list[tuple[str, nn.Module]]:
+        if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
+            return list(_flatten(network, "", kept))
+        try:
+            pieces = trace(network, kept)
+        except UntraceableError as error:
+            return self._leaves_by_name(network, kept, str(error))
+        self._reasons = {piece.name: piece.reason for piece in pieces if piece.reason}
+        return [(piece.name, piece.module) for piece in pieces]
+
+    def _leaves_by_name(self, network: nn.Module, kept: _KeptWhole, why: str) -> list[tuple[str, nn.Module]]:
+        self._named = True
         features, classifier = getattr(network, "features", None), getattr(network, "classifier", None)
         if not (isinstance(features, nn.Module) and isinstance(classifier, nn.Module)):
             raise TypeError(
-                f"network of type {type(network).__name__} cannot be split: pass an nn.Sequential, a list of blocks, "
-                "or a module with .features and .classifier"
+                f"network of type {type(network).__name__} cannot be split: {why}. Pass an nn.Sequential, a list of "
+                "blocks, or a module with .features and .classifier"
             )
-        leaves = list(_flatten(features, "features"))
+        leaves = list(_flatten(features, "features", kept))
         if isinstance(pool := getattr(network, "avgpool", None), nn.Module):
-            leaves += list(_flatten(pool, "avgpool"))
+            leaves += list(_flatten(pool, "avgpool", kept))
         leaves.append(("flatten", nn.Flatten()))
-        return leaves + list(_flatten(classifier, "classifier"))
+        return leaves + list(_flatten(classifier, "classifier", kept))
 
     def _refuse_unusable(self) -> None:
-        if isinstance(self.network, nn.Sequential) and type(self.network).forward is not nn.Sequential.forward:
-            raise ValueError(
-                f"{type(self.network).__name__} has a forward of its own, so its parts cannot be taken for stages; "
-                "pass a plain nn.Sequential, or a list of blocks"
-            )
         if self.depth < 1:
+            together = "".join(f" ({name}: {why})" for name, why in self._reasons.items())
             raise ValueError(
-                "network has no hidden layer, so there is no code to optimise; add one, or train it with "
+                f"network has no hidden layer, so there is no code to optimise{together}; add one, or train it with "
                 "BackpropModule, which does the same here"
             )
         owner: dict[nn.Parameter, str] = {}
@@ -276,16 +374,44 @@ class CodedNetwork:
                 )
 
 
-def _flatten(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+class _KeptWhole:
+    """Which modules the user wants to be one stage each."""
+
+    def __init__(self, network: nn.Module, blocks: Blocks | None) -> None:
+        blocks = [] if blocks is None else list(blocks)
+        self._names = {block for block in blocks if isinstance(block, str)}
+        self._types = tuple(block for block in blocks if isinstance(block, type))
+        self._modules = {id(block) for block in blocks if isinstance(block, nn.Module)}
+        inside = dict(network.named_modules())
+        types = {kind for module in inside.values() for kind in type(module).__mro__}
+        there = {id(module) for module in inside.values()}
+        for block in blocks:
+            if isinstance(block, str):
+                found = block in inside
+            elif isinstance(block, type):
+                found = block in types
+            elif isinstance(block, nn.Module):
+                found = id(block) in there
+            else:
+                raise TypeError(f"blocks must hold modules, their types or their names, got {block!r}")
+            if not found:
+                raise ValueError(f"blocks: {type(network).__name__} has no module {block!r}")
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return name in self._names or isinstance(module, self._types) or id(module) in self._modules
+
+
+def _flatten(module: nn.Module, prefix: str, kept: _KeptWhole) -> Iterator[tuple[str, nn.Module]]:
     """Leaves of nested Sequentials with their dotted names.
 
     Only plain Sequentials are opened, or subclasses that keep its forward: another forward would compute something
     else.
     """
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    opened = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    if opened and not (prefix and kept(prefix, module)):
         for name, child in module._modules.items():  # named_children() leaves out a module that is used twice
             assert child is not None  # a Sequential calls every entry
-            yield from _flatten(child, f"{prefix}.{name}" if prefix else name)
+            yield from _flatten(child, f"{prefix}.{name}" if prefix else name, kept)
     else:
         yield prefix, module
 
@@ -296,7 +422,7 @@ def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str, batch_norm: Bat
     transfer: list[nn.Module] = []
     follows_layer = False
     for name, module in leaves:
-        if isinstance(module, _NORMALIZATION) and follows_layer:
+        if follows_layer and (isinstance(module, _NORMALIZATION) or _only_adds_parameters(module)):
             groups[-1][2].append(module)
             follows_layer = False
         elif _is_layer(module):
@@ -312,7 +438,14 @@ def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str, batch_norm: Bat
     return [Stage(name, t, a, index == last, engine, batch_norm) for index, (name, t, a) in enumerate(groups)]
 
 
+def _only_adds_parameters(module: nn.Module) -> bool:
+    """Whether it is a traced operation with parameters but no layer, such as the addition of a learned position."""
+    return isinstance(module, TracedBlock) and not module.has_layer and any(True for _ in module.parameters())
+
+
 def _is_layer(module: nn.Module) -> bool:
+    if isinstance(module, TracedBlock):
+        return module.has_layer
     if isinstance(module, (*_NORMALIZATION, *_PARAMETRIC_TRANSFER)):
         return False
     return any(True for _ in module.parameters())
@@ -323,7 +456,9 @@ def _describe(modules: Sequence[nn.Module]) -> str:
 
 
 def _label(module: nn.Module) -> str:
-    """``Linear(784, 100)``: the type with the sizes that tell layers apart."""
+    """``Linear(784, 100)``: the type with the sizes that tell layers apart; ``[conv1-add]`` for what is traced."""
+    if isinstance(module, TracedBlock):
+        return f"[{module.label}]" if "-" in module.label else module.label
     names = (n for n in inspect.signature(type(module)).parameters if n.startswith(("in_", "out_", "num_", "kernel")))
     sizes = [str(value) for n in names if isinstance(value := getattr(module, n, None), int | tuple)]
     return f"{type(module).__name__}({', '.join(sizes)})" if sizes else type(module).__name__

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_altmin.engines import stage_engine
 from lightning_altmin.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def verify(core: AltMin, x: Tensor, y: Any, tolerance: float = 1e-10) -> Verific
         mine, oracle = (copy.deepcopy(core).double() for _ in range(2))
         mine._compiled = oracle._compiled = None
         for stage in oracle.coded.stages:
-            stage.engine = stage_engine(stage.modules, "autograd")
+            stage.use_engine("autograd")
         x = x.double() if x.is_floating_point() else x
         y = y.double() if isinstance(y, Tensor) and y.is_floating_point() else y
         differences = _compare(mine, oracle, x, y, before)
@@ -84,7 +83,7 @@ def _compare(mine: AltMin, oracle: AltMin, x: Tensor, y: Any, random: dict[str, 
     problems = zip(mine.code_problems(steps[0]), oracle.code_problems(steps[1]), strict=True)
     with torch.no_grad():
         for (ours, level), (theirs, _) in problems:
-            name, gradient = names[level], ours.gradient()
+            name, gradient = names[ours.level], ours.gradient()
             rows.append((name, "code gradient, forward", _difference(gradient, theirs.gradient())))
             move = -gradient
             rows.append((name, "code gradient, moved", _difference(ours.gradient(move), theirs.gradient(move))))

@@ -118,16 +118,22 @@ class CodeMonitor(LayerWatch):
         """What is measured, as sums over the samples of this process."""
         sums = {"samples": step.loss.new_full((), float(step.x.shape[0]))}
         residuals_before, residuals_after = _residuals(core, before, step), _residuals(core, core.coded, step)
-        for index, (forward, move) in enumerate(zip(step.codes_forward, step.moves, strict=True)):
-            layer, above = before.stages[index : index + 2]
+        makers = before.makers(len(step.codes_forward))
+        for index, layer in enumerate(before.stages[:-1]):
+            own = [level for level, maker in enumerate(makers) if maker == index]  # of a recurrent layer, one per step
+            forward, move = (
+                torch.stack([tensors[level] for level in own]) for tensors in (step.codes_forward, step.moves)
+            )
             group = f"codes/{layer.name}"
             sums[f"{group}/moved"] = move.square().sum()
             sums[f"{group}/size"] = forward.square().sum()
             sums[f"{group}/residual_before"] = residuals_before[index]
             sums[f"{group}/residual_after"] = residuals_after[index]
-            if (steps := step.code_steps[index]) is not None:
-                sums[f"{group}/steps"] = steps * len(step.x)
-            alive = alive_units(layer, above, forward, self.dead_slope)
+            taken = [steps for level in own if (steps := step.code_steps[level]) is not None]
+            if taken:
+                sums[f"{group}/steps"] = torch.stack(taken).mean() * len(step.x)
+            above = before.stages[makers[own[-1] + 1]]
+            alive = alive_units(layer, above, step.codes_forward[own[-1]], self.dead_slope)
             if alive is not None:
                 sums[f"{group}/alive"] = alive
         sums["codes/objective_before"] = _objective(core, before, step, step.codes_forward)
@@ -158,8 +164,9 @@ def _residuals(core: AltMin, network: CodedNetwork, step: Step) -> list[Tensor]:
 def _objective(core: AltMin, network: CodedNetwork, step: Step, codes: list[Tensor]) -> Tensor:
     """J at ``codes``, summed over the batch (the reference objective is a mean); held as the code step sees it."""
     objective = core.objective
-    inputs = [step.x, *codes]
-    outputs = [s.fixed(x, state).output() for s, x, state in zip(network.stages, inputs, step._states, strict=True)]
+    inputs = [network.first_input(step.x), *codes]
+    stages = [network.stages[maker] for maker in network.makers(len(codes))]
+    outputs = [s.fixed(x, state).output() for s, x, state in zip(stages, inputs, step._states, strict=True)]
     value = objective.code_loss_value(step._loss_at.elsewhere(outputs[-1]))
     for output, code in zip(outputs[:-1], codes, strict=True):
         value = value + objective.code_coupling_value(output - code) + objective.code_sparsity_value(code)

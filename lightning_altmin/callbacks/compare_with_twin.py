@@ -22,8 +22,8 @@ from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_other
 from lightning_altmin.callbacks.training_clock import TrainingClock
 from lightning_altmin.exact_resume import of_all_processes
 from lightning_altmin.module import AltMinModule
-from lightning_altmin.network import CodedNetwork
 from lightning_altmin.random_state import random_state, set_random_state
+from lightning_altmin.recurrent import coded_network
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam
 
 _SECONDS, _PARAMETERS = "training seconds", "parameters"
@@ -204,7 +204,7 @@ class _Twin(BackpropModule):
         )
         self._unpack = original.unpack
         self._clip = original.gradient_clip_norm
-        self._layers = {stage.name: list(stage.parameters()) for stage in CodedNetwork(network).stages}
+        self._layers = {stage.name: list(stage.parameters()) for stage in coded_network(network).stages}
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         """As the compared module clips, layer by layer."""

@@ -72,6 +72,10 @@ class DiscreteCodes(CodeSolver):
                 than a reshape between itself and the next layer, or leads to a layer without closed form; or if the
                 objective is not the squared distance of each sample.
         """
+        if len(set(map(id, stages))) < len(stages):
+            raise ValueError(
+                "codes=DiscreteCodes needs a layer per code, and a recurrent layer makes one per time step"
+            )
         found = [any(isinstance(m, Staircase) for m in stage.modules) for stage in stages]
         if not any(found):
             raise ValueError(

@@ -26,10 +26,19 @@ class _State:
 class AutogradMap(StageMap):
     """A stage at one input; every derivative is an autograd call on a graph of this stage alone."""
 
-    def __init__(self, evaluate: Callable[[Tensor], Tensor], x: Tensor, modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], Tensor],
+        x: Tensor,
+        modules: Sequence[nn.Module],
+        move: Tensor | None = None,
+        mixes: bool = False,
+    ) -> None:
         self._evaluate = evaluate
+        self._mixes = mixes  # whether a sample's output depends on the other samples
         self._modules = modules
-        self._x = x.detach()
+        self._base, self._move = x.detach(), move
+        self._x = self._base if move is None else self._base + move
         self._output: Tensor | None = None
 
     def output(self) -> Tensor:
@@ -37,6 +46,21 @@ class AutogradMap(StageMap):
             with torch.no_grad():
                 self._output = self._evaluate(self._x)
         return self._output
+
+    def change(self, base_output: Tensor) -> Tensor:
+        base, move = self._base, self._move
+        if move is None:
+            return self.output() - base_output
+        # The difference of two outputs loses the digits of a move that is small beside the code. So a small move is
+        # lengthened to the root of the precision, where rounding and curvature spoil the difference alike and little,
+        # and the difference shortened again. Samples that a live BatchNorm mixes share one factor.
+        root = torch.finfo(move.dtype).eps ** 0.5
+        dims = list(range(0 if self._mixes else 1, move.dim()))
+        ratio = torch.linalg.vector_norm(base, dim=dims) / torch.linalg.vector_norm(move, dim=dims)
+        longer = (root * ratio).nan_to_num(1.0).clamp_min(1.0)
+        with torch.no_grad():
+            output = self._evaluate(base + move * longer.view(-1, *[1] * (move.dim() - 1)))
+            return (output - base_output) / longer.view(-1, *[1] * (output.dim() - 1))
 
     def layer_input(self, layer: nn.Module) -> Tensor:
         seen: list[Tensor] = []
@@ -114,19 +138,25 @@ class AutogradEngine(StageEngine):
         return _State(states[0].statistics, drawn or None)
 
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        return self._map(
-            x if move is None else x + move, state, lambda: batch_norm_state.held(self._norms, state.statistics)
-        )
+        return self._map(x, state, lambda: batch_norm_state.held(self._norms, state.statistics), move)
 
     def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        return self._map(x if move is None else x + move, state, lambda: batch_norm_state.untracked(self._norms))
+        mixes = bool(state.statistics)
+        return self._map(x, state, lambda: batch_norm_state.untracked(self._norms), move, mixes)
 
-    def _map(self, x: Tensor, state: _State, norms: Callable[[], AbstractContextManager[None]]) -> StageMap:
+    def _map(
+        self,
+        x: Tensor,
+        state: _State,
+        norms: Callable[[], AbstractContextManager[None]],
+        move: Tensor | None = None,
+        mixes: bool = False,
+    ) -> StageMap:
         def evaluate(inputs: Tensor) -> Tensor:
             with norms(), batch_norm_state.unchanged(self._stateful):
                 return self._run(inputs) if state.random is None else self._replay(inputs, state.random)
 
-        return AutogradMap(evaluate, x, self._modules)
+        return AutogradMap(evaluate, x, self._modules, move, mixes)
 
     def _replay(self, x: Tensor, parts: list[tuple[int, list[Tensor]]]) -> Tensor:
         outputs = []

@@ -21,7 +21,7 @@ class ClosedFormEngine(StageEngine):
     reads_base_output: ClassVar[bool] = False
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._fixed = [_RULES[type(m)](m) for m in pooled_first(modules)]
+        self._fixed = [rule_for(m) for m in pooled_first(modules)]
         self._live = [rule.live() for rule in self._fixed]
 
     @torch.no_grad()
@@ -93,6 +93,11 @@ def closed_form(*types: type[nn.Module], when: Callable[[Any], bool] | None = No
         return rule
 
     return register
+
+
+def rule_for(module: nn.Module) -> Rule:
+    """The rule of a module that has one; see `has_closed_form`."""
+    return _RULES[type(module)](module)
 
 
 def has_closed_form(module: nn.Module) -> bool:

@@ -68,6 +68,8 @@ def refuse_uncuttable(core: AltMin, world: int) -> None:
             "LayerParallel cuts a batch into parts, each of which would move the running statistics of an "
             "InstanceNorm: use track_running_stats=False"
         )
+    if not core.coded.one_code_per_stage:
+        raise ValueError("LayerParallel needs a code per layer, and a recurrent layer has one per time step")
     if core.weights.steps > 1:
         raise ValueError(f"LayerParallel takes one weight step per batch, weights.steps is {core.weights.steps}")
     if core._compiled is not None:

@@ -54,6 +54,7 @@ def write(folder: Path, name: str, text: str) -> str:
         ("digits", [64, 10], "DigitsDataModule"),
         ("mnist_mlp", [784, 100, 100, 10], "VisionDataModule"),
         ("mnist_memory", [784, 500, 500, 10], "VisionDataModule"),
+        ("mnist_rows", [78, 50, 10], "VisionDataModule"),
         ("mnist_lenet", [256, 120, 84, 10], "VisionDataModule"),
         ("cifar10_mlp", [3072, 500, 500, 10], "VisionDataModule"),
         ("cifar10_conv", [2048, 10], "ImageFolderDataModule"),
@@ -75,7 +76,8 @@ def test_every_example_makes_what_it_says(name: str, sizes: list[int], data: str
 def test_examples_are_all_tested() -> None:
     """Would catch an example added without a test."""
     names = {path.stem for path in EXAMPLES.glob("*.yaml")}
-    assert names == {"digits", "mnist_mlp", "mnist_memory", "mnist_lenet", "cifar10_mlp", "cifar10_conv", "higgs"}
+    networks = {"mnist_mlp", "mnist_memory", "mnist_rows", "mnist_lenet", "cifar10_mlp", "cifar10_conv"}
+    assert names == networks | {"digits", "higgs"}
 
 
 def test_fit_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

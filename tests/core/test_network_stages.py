@@ -78,7 +78,7 @@ def test_a_list_of_blocks_makes_each_parametrised_block_a_stage() -> None:
     assert list(coded.network.state_dict()) == list(nn.Sequential(*blocks).state_dict())
     x = torch.randn(3, 5)
     torch.testing.assert_close(coded(x), nn.Sequential(*blocks)(x))
-    assert not coded.split_by_name
+    assert not coded.split_found
 
 
 class Net(nn.Module):
@@ -126,7 +126,14 @@ def test_a_split_by_name_is_verified_in_full_precision() -> None:
     assert core.batches_seen == 1
 
 
-class Scaled(Net):
+class ByValue(Net):
+    """Cannot be traced, so that names are all there is to go by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > -1e9 else -x)
+
+
+class Scaled(ByValue):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
@@ -136,6 +143,7 @@ class PooledByHand(Net):
         super().__init__(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if x.sum() > -1e9 else -x
         return self.classifier(nn.functional.adaptive_avg_pool2d(self.features(x), 2).flatten(1))
 
 
@@ -150,6 +158,25 @@ def test_another_forward_of_features_and_classifier_is_refused(module: nn.Module
         core.step(torch.randn(4, 1, 8, 8), torch.randint(3, (4,)))
     assert [m.training for m in module.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_forward_that_cannot_be_traced_is_split_by_name() -> None:
+    """Catches the names being forgotten where tracing fails."""
+    module = ByValue(True).double()
+    coded = CodedNetwork(module)
+    assert [stage.name for stage in coded.stages] == ["features.0", "features.2", "classifier.0", "classifier.3"]
+    x = torch.randn(4, 1, 8, 8, dtype=F64)
+    assert_computes_the_network(coded, module, x)
+    AltMin(module, nn.CrossEntropyLoss()).step(x, torch.randint(3, (4,)))
+
+
+def test_a_traced_split_that_computes_something_else_is_refused() -> None:
+    """Catches a hook on the network itself, which no stage runs."""
+    module = Net(True)
+    core = AltMin(module, nn.CrossEntropyLoss())
+    module.register_forward_hook(lambda m, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="compute something else"):
+        core.step(torch.randn(4, 1, 8, 8), torch.randint(3, (4,)))
 
 
 def test_batch_norm_directly_after_a_layer_is_part_of_it_and_a_late_one_is_not() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_altmin.nn import ElmanRNN
 
 CLASSES = 3
 
@@ -23,7 +26,44 @@ def conv() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(8, CLASSES))
 
 
-NETWORKS = {"mlp": (mlp, (6,)), "conv": (conv, (1, 6, 6))}
+def rnn() -> ElmanRNN:
+    """A code per step, over six steps of two features."""
+    torch.manual_seed(0)
+    return ElmanRNN(2, 7, CLASSES)
+
+
+class _Residual(nn.Module):
+    """A block that only autograd can differentiate, and no skip connection around the whole network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        x = x + self.second(torch.tanh(self.first(x)))
+        output: Tensor = self.head(torch.tanh(x))
+        return output
+
+
+def residual() -> nn.Module:
+    """Three stages found by tracing, one of them a residual block."""
+    torch.manual_seed(0)
+    return _Residual()
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (mlp, (6,)),
+    "conv": (conv, (1, 6, 6)),
+    "rnn": (rnn, (6, 2)),
+    "residual": (residual, (6,)),
+}
+
+
+# Small moves pass through tanh by its slope, larger ones by a difference. A last digit decides which at the border, and
+# shows 1e-8 of a move that six steps have divided by 20 each.
+TOLERANCE = {kind: 1e-11 if kind == "rnn" else 1e-12 for kind in NETWORKS}
 
 
 def batches(shape: tuple[int, ...], size: int, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

@@ -28,7 +28,7 @@ from lightning_altmin.nn import MLP, Sign
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import ProcessError, join_gloo, launch
-from tests.distributed.problems import CLASSES, NETWORKS, OPTIMIZERS, batches, mlp, part
+from tests.distributed.problems import CLASSES, NETWORKS, OPTIMIZERS, TOLERANCE, batches, mlp, part
 
 STEPS = 7  # of CurvatureCodes(every=2): batches that measure and batches that do not
 State = dict[str, Tensor]
@@ -72,7 +72,7 @@ def test_equals_one_process_in_double_precision(kind: str, optimizer: str, sizes
         return train(core, [part(batch, sizes, rank) for batch in data])
 
     expected = train(model(kind, torch.float64, weights=weights), data)
-    compare(launch(len(sizes), join_gloo(share)), expected, 1e-12)
+    compare(launch(len(sizes), join_gloo(share)), expected, TOLERANCE[kind])
     curvature = expected["codes.curvature"]
     assert bool((curvature > 1.0).any()), "the measurement would not be seen"
 
@@ -88,8 +88,9 @@ def test_equals_one_process_in_single_precision(kind: str) -> None:
         return train(core, [part(batch, (5, 3), rank) for batch in data])
 
     found = launch(2, join_gloo(share))
-    assert found[0]["network.0.weight"].dtype == torch.float32
-    compare(found, train(model(kind, torch.float32, weights=weights), data), 1e-6)
+    assert {v.dtype for name, v in found[0].items() if name.endswith("weight")} == {torch.float32}
+    # Small moves pass through a residual block by a difference, which has half the digits.
+    compare(found, train(model(kind, torch.float32, weights=weights), data), 1e-4 if kind == "residual" else 1e-6)
 
 
 class SmoothL1Coupling(AltMinObjective):

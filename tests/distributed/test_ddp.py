@@ -17,7 +17,7 @@ from lightning_altmin import AltMinModule, CurvatureCodes, LocalGradient
 from lightning_altmin.data import CSVDataModule, IndexedDataModule, Sources, TensorSource
 from lightning_altmin.guard import NonFiniteError
 from tests.distributed.gloo import launch
-from tests.distributed.problems import NETWORKS, OPTIMIZERS, batches, part
+from tests.distributed.problems import NETWORKS, OPTIMIZERS, TOLERANCE, batches, part
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")  # on purpose
 State = dict[str, Tensor]
@@ -108,7 +108,7 @@ def test_equals_one_process(name: str, kind: str) -> None:
 
     model, fit = module(kind, **SETTINGS[name]), trainer(devices=1, **flags)
     fit.fit(model, loader(data))
-    compare(launch(2, share), state(model, fit))
+    compare(launch(2, share), state(model, fit), TOLERANCE[kind])
 
 
 def test_single_precision() -> None:

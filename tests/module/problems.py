@@ -24,6 +24,35 @@ def network(dropout: float = 0.0, norm: bool = False, outputs: int = CLASSES, se
     return nn.Sequential(*layers)
 
 
+class _Residual(nn.Module):
+    """A residual block with BatchNorm and dropout."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm1d(width), nn.Dropout(dropout)
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.dropout(torch.relu(self.norm(self.first(x)))))
+
+
+class _ResidualNet(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+        self.blocks = nn.Sequential(_Residual(8, dropout), _Residual(8, dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(torch.relu(self.blocks(self.stem(x))))
+        return output
+
+
+def residual(dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    """A network with a forward of its own, of two residual blocks."""
+    torch.manual_seed(seed)
+    return _ResidualNet(dropout)
+
+
 def samples(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Inputs ``(count, FEATURES)`` and class labels."""
     generator = torch.Generator().manual_seed(seed)

@@ -24,10 +24,10 @@ from lightning_altmin import (
     LocalGradient,
     ProximalWeights,
 )
-from lightning_altmin.nn import Sign
+from lightning_altmin.nn import ElmanRNN, Sign
 from lightning_altmin.random_state import random_state, set_random_state
 from tests.module.interruption import assert_equal, assert_resumes, final_state
-from tests.module.problems import CLASSES, FEATURES, loader, network, samples, trainer
+from tests.module.problems import CLASSES, FEATURES, loader, network, residual, samples, trainer
 
 BATCHES = 5
 EPOCHS = {"max_epochs": 3}
@@ -112,6 +112,17 @@ def discrete(**settings: Any) -> AltMinModule:
     return AltMinModule(nn.Sequential(*layers), **solvers, **({"lr_scheduler": step_schedule} | settings))
 
 
+def recurrent(**settings: Any) -> AltMinModule:
+    """One sample is a sequence of three steps; one curvature is kept for all of them."""
+    torch.manual_seed(0)
+    return AltMinModule(ElmanRNN(2, 5, 3), **({"lr_scheduler": step_schedule} | settings))
+
+
+def traced(**settings: Any) -> AltMinModule:
+    """Residual blocks with BatchNorm and dropout that only autograd can differentiate."""
+    return AltMinModule(residual(0.3), **({"lr_scheduler": step_schedule} | settings))
+
+
 def backprop(**settings: Any) -> BackpropModule:
     """The twin, with dropout and BatchNorm as well."""
     return BackpropModule(network(0.3, norm=True), **({"lr_scheduler": step_schedule} | settings))
@@ -123,7 +134,7 @@ def data(kind: str, validation: bool) -> Callable[[], dict[str, Any]]:
     return lambda: {"train_dataloaders": LOADERS[kind](), **val}
 
 
-both = pytest.mark.parametrize("make", [altmin, backprop, least_squares, discrete])
+both = pytest.mark.parametrize("make", [altmin, backprop, least_squares, discrete, recurrent, traced])
 
 
 @both

@@ -1,0 +1,255 @@
+"""An Elman network on sequential MNIST: AltMin with a code per time step, beside backprop through time.
+
+    python examples/recurrent.py tune   --root data
+    python examples/recurrent.py final  --root data
+    python examples/recurrent.py signal --root data
+    python examples/recurrent.py pixels --root data
+    python examples/recurrent.py table
+
+An image is read row by row: 28 steps of 28 numbers, 15 or 50 tanh units, batches of 1,024, Adam with a cosine to zero.
+`tune` holds out a sixth of the training set and tries each rate for ``TUNE_EPOCHS`` epochs; `final` trains on all of it
+for 10 epochs with each method's best rate and asks the test set once. `signal` records how far the codes of each step
+move, beside the norms of backprop's gradients there, and plots both. `pixels` reads pixel by pixel, 784 steps, to show
+that it runs. Rows are appended to docs/results/recurrent.csv as runs end; a run whose row exists is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import statistics
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor, nn
+
+from lightning_altmin import AltMin, AltMinModule, BackpropModule, CurvatureCodes, GradientCodes, LocalGradient
+from lightning_altmin.data import VisionDataModule
+from lightning_altmin.nn import ElmanRNN
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+METHODS = ("backprop", "AltMin")
+RATES = (0.003, 0.006, 0.012)
+HIDDEN = (15, 50)
+EPOCHS, TUNE_EPOCHS, BATCH = 10, 3, 1024
+SHARE = 0.3  # of the exact step of each code: with the default of 0.05 nothing would be left after 28 steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    phase: str
+    hidden: int
+    method: str
+    epochs: int
+    lr: float
+    seed: int
+    accuracy: float = float("nan")
+    seconds: float = float("nan")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.phase, self.hidden, self.method, self.epochs, self.lr, self.seed)
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    types: dict[str, Any] = {"int": int, "float": float, "str": str}
+    with path.open() as file:
+        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
+
+
+def append(path: Path, row: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+    print(row, flush=True)
+
+
+def train(row: Row, root: str, in_features: int = 28, batch: int = BATCH, limit: float | int = 1.0) -> Row:
+    """One run; judged by the samples held out when tuning, else by the test set."""
+    seed_everything(row.seed, verbose=False)
+    data = VisionDataModule("MNIST", root=root, batch_size=batch, val_split=1 / 6 if row.phase == "tune" else 0.0)
+    data.setup("fit")
+    network = ElmanRNN(in_features, row.hidden, 10)
+    optimizer = functools.partial(torch.optim.Adam, lr=row.lr, fused=True)
+    steps = row.epochs * (len(data.train_dataloader()) if isinstance(limit, float) else limit)
+    schedule: dict[str, Any] = {
+        "lr_scheduler": functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
+        "lr_interval": "step",
+    }
+    module: AltMinModule | BackpropModule
+    if row.method == "backprop":
+        module = BackpropModule(network, optimizer=optimizer, **schedule)
+    else:
+        # The 784 steps of the pixels leave nothing of any share below 1: plain steps of rate 1 there.
+        codes = CurvatureCodes(share=SHARE) if in_features > 1 else GradientCodes(steps=1, lr=1.0)
+        module = AltMinModule(network, codes=codes, weights=LocalGradient(optimizer), **schedule)
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=row.epochs,
+        limit_train_batches=limit,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        **quiet,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - start
+    judge = Trainer(accelerator="cpu", **quiet)
+    if row.phase == "tune":
+        accuracy = judge.validate(module, datamodule=data, verbose=False)[0]["val_acc"]
+    else:
+        accuracy = judge.test(module, datamodule=data, verbose=False)[0]["test_acc"]
+    return Row(**(asdict(row) | {"accuracy": round(accuracy, 4), "seconds": round(seconds, 1)}))
+
+
+def best_rate(rows: list[Row], hidden: int, method: str) -> float:
+    tuned = [r for r in rows if (r.phase, r.hidden, r.method) == ("tune", hidden, method)]
+    if not tuned:
+        raise SystemExit(f"no tuning runs of {method} with {hidden} units: run `tune` first")
+    return max(tuned, key=lambda r: r.accuracy).lr
+
+
+def run(arguments: argparse.Namespace) -> None:
+    phase, path = arguments.command, arguments.results
+    rows = []
+    for hidden in arguments.hidden:
+        if phase == "tune":
+            rows += [Row("tune", hidden, m, TUNE_EPOCHS, lr, 100) for lr in RATES for m in METHODS]
+        else:
+            for seed in arguments.seeds:
+                rows += [Row("final", hidden, m, EPOCHS, best_rate(read(path), hidden, m), seed) for m in METHODS]
+    start = time.monotonic()
+    for row in rows:
+        if row.key in {done.key for done in read(path)}:
+            continue
+        if time.monotonic() - start > 60 * arguments.minutes:
+            raise SystemExit("time is up; run the command again to go on")
+        append(path, train(row, arguments.root))
+
+
+# ---------------------------------------------------------------- what arrives at each step
+
+
+def signal(arguments: argparse.Namespace) -> None:
+    """At several times of one AltMin run: norms of code moves and of backprop's gradients, step by step."""
+    seed_everything(1, verbose=False)
+    data = VisionDataModule("MNIST", root=arguments.root, batch_size=BATCH)
+    data.setup("fit")
+    core = AltMin(ElmanRNN(28, 50, 10), nn.CrossEntropyLoss(), codes=CurvatureCodes(share=SHARE))
+    rows = []
+    for number, (x, y) in enumerate(data.train_dataloader()):
+        if number in (0, 50):
+            step = core.encode(x, y)
+            core.solve_codes(step)
+            backward = _gradient_norms(core, x, y)
+            signals = [1.0 if s is None else float(s) for s in step._signals]
+            for t, (move, arrived, gradient) in enumerate(zip(step.moves, signals, backward, strict=True)):
+                norm = float(move.norm() * core.objective.mu)
+                rows.append((number, t + 1, norm, norm / arrived, gradient))
+            core.fill_gradients(step)
+            core.optimizer.zero_grad()
+        core.step(x, y, keep_codes=False)
+        if number == 50:
+            break
+    path = RESULTS / "recurrent_signal.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("batch", "step", "move", "move_over_share", "backprop"))
+        writer.writerows(rows)
+    _plot(rows)
+
+
+def _gradient_norms(core: AltMin, x: Tensor, y: Tensor) -> list[float]:
+    """Norms of the gradients of the summed loss with respect to every code, by backprop through time."""
+    network = core.network
+    assert isinstance(network, ElmanRNN)
+    inputs, begun = network.steps(x)
+    codes: list[Tensor] = []
+    code = x.new_zeros(len(x), network.hidden)
+    for t in range(inputs.shape[1]):
+        code = network.cell(network.step_input(code, inputs[:, t], begun[:, t]))
+        codes.append(code)
+    loss = nn.functional.cross_entropy(network.head(network.activation(code)), y, reduction="sum")
+    return [float(g.norm()) for g in torch.autograd.grad(loss, codes)]
+
+
+def _plot(rows: list[tuple[int, int, float, float, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3), sharey=True)
+    for panel, batch in zip(panels, (0, 50), strict=True):
+        chosen = [row for row in rows if row[0] == batch]
+        steps = [row[1] for row in chosen]
+        panel.semilogy(steps, [row[2] for row in chosen], label="AltMin: mu times the move")
+        panel.semilogy(steps, [row[3] for row in chosen], label="divided by the share")
+        panel.semilogy(steps, [row[4] for row in chosen], "--", label="backprop: gradient")
+        panel.set_title(f"batch {batch}")
+        panel.set_xlabel("time step")
+    panels[0].set_ylabel("norm over the batch")
+    panels[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "recurrent_signal.svg", metadata={"Date": None})
+
+
+def pixels(arguments: argparse.Namespace) -> None:
+    row = Row("pixels", 50, "AltMin", 1, 0.001, 1)
+    append(arguments.results, train(row, arguments.root, in_features=1, batch=128, limit=20))
+
+
+def table(path: Path) -> str:
+    lines = ["| units | method | rate | seeds | test accuracy % | seconds |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [row for row in read(path) if row.phase == "final"]
+    for hidden in HIDDEN:
+        for method in METHODS:
+            chosen = [row for row in rows if (row.hidden, row.method) == (hidden, method)]
+            if chosen:
+                accuracy = [100 * row.accuracy for row in chosen]
+                spread = f" ± {statistics.stdev(accuracy):.2f}" if len(chosen) > 1 else ""
+                pace = statistics.median(row.seconds for row in chosen)
+                lines.append(
+                    f"| {hidden} | {method} | {chosen[0].lr} | {len(chosen)} | "
+                    f"{statistics.mean(accuracy):.2f}{spread} | {pace:.0f} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("tune", "final", "signal", "pixels", "table"))
+    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")
+    parser.add_argument("--results", type=Path, default=RESULTS / "recurrent.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    if arguments.command == "table":
+        print(table(arguments.results))
+    elif arguments.command in ("signal", "pixels"):
+        {"signal": signal, "pixels": pixels}[arguments.command](arguments)
+    else:
+        run(arguments)
+
+
+if __name__ == "__main__":
+    main()

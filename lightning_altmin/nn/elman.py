@@ -1,0 +1,168 @@
+"""The Elman network: a recurrent layer that is read at the last step, and sequences of different lengths for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from lightning_altmin.nn.activation import activation_class
+from lightning_altmin.nn.arguments import check_positive_int
+
+
+class StepInput(nn.Module):
+    """What a recurrent step reads: its input, and the activation of the code one step before.
+
+    Args:
+        activation: The activation, elementwise.
+    """
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, code: Tensor, x: Tensor, begun: Tensor) -> Tensor:
+        """``[x, begun * s(code)]``, shape ``(..., in_features + hidden)``.
+
+        Args:
+            code: Code one step before, shape ``(..., hidden)``.
+            x: The step's input, shape ``(..., in_features)``.
+            begun: 1 where the sequence has a step before this one, else 0; broadcast against ``(..., 1)``.
+        """
+        return torch.cat([x, self.activation(code) * begun], -1)
+
+
+class ElmanRNN(nn.Module):
+    r"""An Elman network over sequences, with one output per sequence, from the last step.
+
+    .. math::
+        c_t = W_x x_t + W_h s(c_{t-1}) + b, \qquad \text{output} = W_o s(c_T) + b_o
+
+    and no :math:`W_h` term in the first step. Takes inputs ``(batch, time, in_features)``, or of any shape
+    ``(batch, ...)`` that holds a multiple of ``in_features`` numbers per sample: a grey image of 28 x 28 pixels is
+    28 steps of 28 rows, or with ``in_features=1`` 784 steps. Sequences of different lengths come as `aligned` makes
+    them. Returns ``(batch, out_features)``, logits.
+
+    Args:
+        in_features: Numbers per step, >= 1.
+        hidden: Units, >= 1.
+        out_features: Width of the output, >= 1.
+        activation: A name, a class path or a class, as for `MLP`.
+
+    ``W_x`` and ``W_h`` are the parts of ``cell.weight``, shape ``(hidden, in_features + hidden)``. ``W_h`` begins as a
+    random orthogonal matrix, which neither shrinks nor stretches what it carries from step to step; the other initial
+    values are those of ``torch.nn.RNN``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size is below 1 or the activation is unknown.
+    """
+
+    def __init__(
+        self, in_features: int, hidden: int, out_features: int, activation: str | type[nn.Module] = "tanh"
+    ) -> None:
+        super().__init__()
+        check_positive_int("in_features", in_features)
+        check_positive_int("hidden", hidden)
+        check_positive_int("out_features", out_features)
+        self.in_features, self.hidden = in_features, hidden
+        self.step_input = StepInput(activation_class(activation)())
+        self.cell = nn.Linear(in_features + hidden, hidden)
+        self.head = nn.Linear(hidden, out_features)
+        bound = hidden**-0.5
+        with torch.no_grad():
+            for parameter in self.cell.parameters():
+                parameter.uniform_(-bound, bound)
+            self.cell.weight[:, in_features:] = nn.init.orthogonal_(torch.empty(hidden, hidden))
+
+    @property
+    def activation(self) -> nn.Module:
+        """The activation ``s``."""
+        return self.step_input.activation
+
+    def steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of every step, ``(batch, time, in_features)``, and where a step came before, ``(.., time, 1)``.
+
+        Raises:
+            ValueError: If ``x`` does not hold whole steps, or marks that `aligned` has not made.
+        """
+        if x.dim() == 3 and x.shape[2] == self.in_features + 1:
+            return x[..., 1:], nn.functional.pad(self._marks(x), (0, 0, 1, -1))
+        if x.dim() < 2 or x[0].numel() == 0 or x[0].numel() % self.in_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, not a batch of sequences of {self.in_features} numbers a step; "
+                "lightning_altmin.nn.aligned(sequences, lengths) makes one of sequences with different lengths"
+            )
+        inputs = x.reshape(x.shape[0], -1, self.in_features)
+        begun = inputs.new_ones(1, inputs.shape[1], 1)
+        begun[:, 0] = 0
+        return inputs, begun
+
+    @staticmethod
+    def _marks(x: Tensor) -> Tensor:
+        marks = x[..., :1]
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would stall the device
+            whole = ((marks == 0) | (marks == 1)).all() and (marks[:, 1:] >= marks[:, :-1]).all() and marks[:, -1].all()
+            if not whole:
+                raise ValueError(
+                    "x has one number more per step than in_features, and it does not mark where each sequence begins: "
+                    "make it with lightning_altmin.nn.aligned(sequences, lengths)"
+                )
+        return marks
+
+    def forward(self, x: Tensor | PackedSequence) -> Tensor:
+        """The outputs, shape ``(batch, out_features)``."""
+        inputs, begun = self.steps(aligned(x) if isinstance(x, PackedSequence) else x)
+        w_x, w_h = self.cell.weight.split([self.in_features, self.hidden], 1)
+        driven = nn.functional.linear(inputs, w_x, self.cell.bias)  # all steps at once
+        code = driven[:, 0]
+        for t in range(1, driven.shape[1]):
+            code = torch.addmm(driven[:, t], self.activation(code) * begun[:, t], w_h.t())
+        output: Tensor = self.head(self.activation(code))
+        return output
+
+
+def aligned(
+    sequences: Tensor | PackedSequence | Sequence[Tensor], lengths: Tensor | Sequence[int] | None = None
+) -> Tensor:
+    """Sequences of different lengths as one batch for `ElmanRNN`, each ending at the last step.
+
+    Args:
+        sequences: A padded batch ``(batch, time, features)`` with the padding behind, a ``PackedSequence``, or a list
+            of tensors ``(time, features)``.
+        lengths: Steps of each sequence in a padded batch, from 1 to ``time``.
+
+    Returns:
+        Shape ``(batch, time, 1 + features)``: the first number of a step is 1 from the sequence's first step on and 0
+        before, where the others are 0 as well.
+
+    Raises:
+        ValueError: If ``lengths`` is missing, not wanted, or does not fit.
+    """
+    if isinstance(sequences, PackedSequence):
+        _refuse_lengths(lengths)
+        sequences, lengths = pad_packed_sequence(sequences, batch_first=True)
+    elif not isinstance(sequences, Tensor):
+        _refuse_lengths(lengths)
+        lengths = [len(sequence) for sequence in sequences]
+        sequences = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    if lengths is None or sequences.dim() != 3:
+        raise ValueError(
+            f"a padded batch must have shape (batch, time, features) and come with lengths, got shape "
+            f"{tuple(sequences.shape)} and lengths={lengths}"
+        )
+    length = torch.as_tensor(lengths, device=sequences.device)
+    batch, time, _ = sequences.shape
+    if length.shape != (batch,) or int(length.min()) < 1 or int(length.max()) > time:
+        raise ValueError(f"lengths must be {batch} numbers from 1 to {time}, got {lengths}")
+    source = torch.arange(time, device=sequences.device) - (time - length).unsqueeze(1)  # of each step, before shifting
+    marks = (source >= 0).unsqueeze(2)
+    shifted = sequences.gather(1, source.clamp_min(0).unsqueeze(2).expand_as(sequences))
+    return torch.cat([marks.to(sequences.dtype), torch.where(marks, shifted, 0)], 2)
+
+
+def _refuse_lengths(lengths: object) -> None:
+    if lengths is not None:
+        raise ValueError("lengths belong to a padded batch; packed sequences and lists know theirs")

@@ -1,0 +1,361 @@
+"""Finding where a network with a forward of its own can be cut, by tracing that forward with torch.fx."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+_ROOT = "network"
+_CHECKS = (operator.eq, operator.ne, operator.gt, operator.ge, operator.lt, operator.le, getattr)
+_CHECK_METHODS = ("dim", "size")
+_NOT_LAYERS = (nn.PReLU, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the network that is applied as a whole, between two places where it could be cut.
+
+    Attributes:
+        name: Its name in the network.
+        module: The user's own module, or a `TracedBlock` over several of them.
+        reason: Why several operations are one piece; empty if there is nothing to explain.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str = ""
+
+
+class TracedBlock(nn.Module):
+    """Operations of a traced forward that cannot be cut apart, as one module over the user's own modules.
+
+    Attributes:
+        label: Names of the operations, in order.
+        has_layer: Whether one of them is a layer; parameters that are only added or multiplied make none.
+    """
+
+    def __init__(self, body: fx.GraphModule, label: str) -> None:
+        super().__init__()
+        self.body = body
+        self.label = label
+        used = [body.get_submodule(str(node.target)) for node in body.graph.nodes if node.op == "call_module"]
+        self.has_layer = any(not isinstance(m, _NOT_LAYERS) and any(True for _ in m.parameters()) for m in used)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.body(x)
+        return output
+
+
+class UntraceableError(Exception):
+    """A network whose forward cannot be followed; the message says why."""
+
+
+def trace(network: nn.Module, kept: Callable[[str, nn.Module], bool]) -> list[Piece]:
+    """The network's pieces in the order they are applied, each of them reading only the one before it.
+
+    Modules of ``torch.nn`` stay whole, and so does a module whose forward cannot be followed, depends on the training
+    mode, or has hooks.
+
+    Args:
+        network: A module whose forward takes one tensor (other arguments keep their defaults).
+        kept: Whether the user wants a module, given by name, to stay whole.
+
+    Raises:
+        UntraceableError: If the network's own forward cannot be followed, or returns something else than one tensor.
+    """
+    if why := _closed(network):
+        raise UntraceableError(why)
+    root = _Root(network)
+    tracer = _Tracer(kept)
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:  # whatever the user's forward does with what is not a tensor
+        raise UntraceableError(f"its forward cannot be traced: {_first_line(error)}") from error
+    _drop_checks(graph)
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    if not isinstance(result, fx.Node):
+        raise UntraceableError(f"its forward returns a {type(result).__name__} and not one tensor")
+    return _named(list(_pieces(root, graph, tracer.reasons)))
+
+
+class _Root(nn.Module):
+    """Calls the network with one argument, so that the others are what the user's defaults make them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.add_module(_ROOT, network)
+
+    def forward(self, x: Any) -> Any:
+        return self.get_submodule(_ROOT)(x)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, kept: Callable[[str, nn.Module], bool]) -> None:
+        super().__init__()
+        self._kept = kept
+        self.reasons: dict[str, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        name = _stripped(module_qualified_name)
+        if name and self._kept(name, m):
+            self.reasons[name] = "kept whole, as asked for"
+            return True
+        if m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential):
+            return True
+        if why := _closed(m):
+            self.reasons[name] = why
+        return bool(why)
+
+
+def _closed(module: nn.Module) -> str:
+    """Why a module cannot be opened, by a trace in either mode that opens none of its own modules; empty if it can."""
+    if module.__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential):
+        return "it is a module of torch.nn"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks"
+    training, codes = module.training, []
+    tracer = fx.Tracer()
+    tracer.is_leaf_module = lambda m, name: True  # type: ignore[method-assign]
+    try:
+        for mode in (True, False):
+            module.training = mode
+            graph = tracer.trace(module)
+            codes.append(str(graph))
+    except Exception as error:  # as above
+        return f"its forward cannot be traced: {_first_line(error)}"
+    finally:
+        module.training = training
+    return "" if codes[0] == codes[1] else "its forward depends on the training mode"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _stripped(name: str) -> str:
+    return name.removeprefix(_ROOT).removeprefix(".")
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Remove assertions on shapes and what only they read; a stage refuses a wrong shape itself."""
+    for node in reversed(list(graph.nodes)):
+        reads_shape = node.target in _CHECKS or (node.op, node.target) in _METHOD_CHECKS
+        if node.target is torch._assert or (reads_shape and not node.users):
+            graph.erase_node(node)
+
+
+_METHOD_CHECKS = {("call_method", name) for name in _CHECK_METHODS}
+
+
+def _pieces(root: nn.Module, graph: fx.Graph, reasons: dict[str, str]) -> Iterator[Piece]:
+    groups, tied = _uncut_where_tied(root, _groups(graph))
+    inputs = next(node for node in graph.nodes if node.op == "placeholder")
+    for group in groups:
+        yield _piece(root, inputs, group, reasons, tied=bool(tied & set(group)))
+        inputs = group[-1]
+
+
+def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Operations between cuts. A cut is after an operation whose result is all that later ones read."""
+    operations = [node for node in graph.nodes if node.op.startswith("call")]
+    position = {node: index for index, node in enumerate(operations)}
+    end = len(operations)
+    last_use = {
+        node: max((position.get(user, end) for user in node.users), default=-1)
+        for node in graph.nodes
+        if node.op in ("placeholder", "call_module", "call_function", "call_method")
+    }
+    groups: list[list[fx.Node]] = [[]]
+    live = {node for node in last_use if node.op == "placeholder"}
+    for index, node in enumerate(operations):
+        groups[-1].append(node)
+        live = {value for value in (*live, node) if last_use[value] > index}
+        if live == {node} and not _is_taken_apart(node):
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def _is_taken_apart(node: fx.Node) -> bool:
+    """Whether its result is a tuple or a number, judged by how it is read."""
+    reads_part = any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
+    return reads_part or node.target is getattr or (node.op, node.target) in _METHOD_CHECKS
+
+
+def _uncut_where_tied(root: nn.Module, groups: list[list[fx.Node]]) -> tuple[list[list[fx.Node]], set[fx.Node]]:
+    """Join groups that share a parameter, with all between them; also the operations that were joined so."""
+    used: dict[nn.Parameter, list[int]] = {}
+    for index, group in enumerate(groups):
+        for parameter in dict.fromkeys(_parameters(root, group)):
+            used.setdefault(parameter, []).append(index)
+    closed = {cut for places in used.values() for cut in range(places[0], places[-1])}
+    joined: list[list[fx.Node]] = []
+    tied: set[fx.Node] = set()
+    for index, group in enumerate(groups):
+        if index - 1 in closed:
+            joined[-1].extend(group)
+            tied.update(joined[-1])
+        else:
+            joined.append(list(group))
+    return joined, tied
+
+
+def _parameters(root: nn.Module, group: Sequence[fx.Node]) -> Iterator[nn.Parameter]:
+    for node in group:
+        if node.op == "call_module":
+            yield from root.get_submodule(str(node.target)).parameters()
+        for attribute in node.all_input_nodes:
+            if attribute.op == "get_attr" and isinstance(
+                value := _attribute(root, str(attribute.target)), nn.Parameter
+            ):
+                yield value
+
+
+def _attribute(root: nn.Module, name: str) -> Any:
+    return operator.attrgetter(name)(root)
+
+
+def _piece(root: nn.Module, inputs: fx.Node, group: list[fx.Node], reasons: dict[str, str], tied: bool) -> Piece:
+    names = [_stripped(str(node.target)) for node in group if node.op == "call_module"]
+    kept = "; ".join(
+        f"{name}: {reasons[name]}" if len(group) > 1 else reasons[name] for name in names if name in reasons
+    )
+    if len(group) == 1 and (module := _as_module(root, inputs, group[0])) is not None:
+        return Piece(names[0] if names else group[0].name, module, kept)
+    block = TracedBlock(_graph_module(root, inputs, group), "-".join(map(_operation, _tensors(group))))
+    why = []
+    if any(True for _ in block.parameters()):
+        why = ["its parts share a parameter"] if tied else _skips(inputs, group)
+    return Piece(_common_name(names) or group[0].name, block, "; ".join([*why, *([kept] if kept else [])]))
+
+
+def _skips(inputs: fx.Node, group: Sequence[fx.Node]) -> list[str]:
+    """What keeps the operations of a group together: results that are read more than once."""
+    inside = set(_tensors(group))
+    found = []
+    for source in (inputs, *group):
+        readers = [user for user in source.users if user in inside]
+        if len(readers) > 1:
+            by = " and ".join(_operation(reader) for reader in readers)
+            found.append(f"{'its input' if source is inputs else _operation(source)} is read by {by}")
+    return found or ["a shape is read from its input"]
+
+
+def _tensors(group: Sequence[fx.Node]) -> list[fx.Node]:
+    """The operations of a group on tensors: without those on shapes, and the parts of tuples."""
+    numbers: set[fx.Node] = set()
+    for node in group:
+        reads = node.all_input_nodes
+        takes_part = node.target is operator.getitem and isinstance(node.args[1], int)
+        of_numbers = bool(reads) and numbers.issuperset(reads)
+        if takes_part or of_numbers or node.target is getattr or (node.op, node.target) in _METHOD_CHECKS:
+            numbers.add(node)
+    return [node for node in group if node not in numbers]
+
+
+def _operation(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return _stripped(str(node.target)).rpartition(".")[2]
+    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
+
+
+def _common_name(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    parts = [name.split(".") for name in names]
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def _graph_module(root: nn.Module, inputs: fx.Node, group: Sequence[fx.Node]) -> fx.GraphModule:
+    """The operations of a group as a function of the value that it reads."""
+    graph = fx.Graph()
+    copies = {inputs: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # a parameter or buffer: read where it is used
+            copies[node] = graph.get_attr(str(node.target))
+        return copies[node]
+
+    for node in group:
+        copies[node] = graph.node_copy(node, copied)
+    graph.output(copies[group[-1]])
+    return fx.GraphModule(root, graph)
+
+
+def _as_module(root: nn.Module, inputs: fx.Node, node: fx.Node) -> nn.Module | None:
+    """One operation as a module: the user's own, or the one that does the same as a function of torch."""
+    if node.op == "call_module":
+        alone = node.args == (inputs,) and not node.kwargs
+        return root.get_submodule(str(node.target)) if alone else None
+    make = _FUNCTIONS.get(node.target)
+    if make is None or not node.args or node.args[0] is not inputs or _has_node((node.args[1:], node.kwargs)):
+        return None
+    try:
+        return make(*node.args[1:], **node.kwargs)
+    except TypeError:  # called in a way that the module has no word for
+        return None
+
+
+def _has_node(arguments: Any) -> bool:
+    found = False
+
+    def note(node: fx.Node) -> fx.Node:
+        nonlocal found
+        found = True
+        return node
+
+    fx.node.map_arg(arguments, note)
+    return found
+
+
+def _activation(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+    return lambda inplace=False: kind()  # out of place is the same function
+
+
+def _flatten(start_dim: int = 0, end_dim: int = -1) -> nn.Module:
+    return nn.Flatten(start_dim, end_dim)
+
+
+_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
+    torch.flatten: _flatten,
+    "flatten": _flatten,
+    functional.adaptive_avg_pool2d: lambda output_size: nn.AdaptiveAvgPool2d(output_size),
+    functional.max_pool2d: nn.MaxPool2d,
+    functional.avg_pool2d: nn.AvgPool2d,
+    functional.gelu: nn.GELU,
+    **{f: _activation(nn.ReLU) for f in (torch.relu, functional.relu, "relu")},
+    **{f: _activation(nn.Tanh) for f in (torch.tanh, functional.tanh, "tanh")},
+    **{f: _activation(nn.Sigmoid) for f in (torch.sigmoid, functional.sigmoid, "sigmoid")},
+    functional.silu: _activation(nn.SiLU),
+}
+
+
+def _named(pieces: list[Piece]) -> list[Piece]:
+    """Two pieces of one module are told apart by their first layer."""
+    counts = Counter(piece.name for piece in pieces)
+    return [
+        Piece(_first_layer(p.module) or p.name, p.module, p.reason)
+        if counts[p.name] > 1 and isinstance(p.module, TracedBlock)
+        else p
+        for p in pieces
+    ]
+
+
+def _first_layer(block: TracedBlock) -> str:
+    for node in block.body.graph.nodes:
+        if node.op == "call_module":
+            module = block.body.get_submodule(str(node.target))
+            if not isinstance(module, _NOT_LAYERS) and any(True for _ in module.parameters()):
+                return _stripped(str(node.target))
+    return ""

@@ -1,0 +1,118 @@
+"""The Elman network beside torch's own, and sequences aligned at their ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_sequence
+
+from lightning_altmin.nn import ElmanRNN, aligned
+
+
+def twin(network: ElmanRNN, activation: str) -> nn.RNN:
+    """The RNN of torch with the same weights."""
+    rnn = nn.RNN(network.in_features, network.hidden, nonlinearity=activation, batch_first=True).double()
+    with torch.no_grad():
+        rnn.weight_ih_l0.copy_(network.cell.weight[:, : network.in_features])
+        rnn.weight_hh_l0.copy_(network.cell.weight[:, network.in_features :])
+        rnn.bias_ih_l0.copy_(network.cell.bias)
+        rnn.bias_hh_l0.zero_()
+    return rnn
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_computes_what_torchs_rnn_computes(activation: str) -> None:
+    """Catches a wrong part of the weight, a step too many, padding that is read, or the wrong last step."""
+    torch.manual_seed(0)
+    network = ElmanRNN(3, 5, 2, activation).double()
+    rnn = twin(network, activation)
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    torch.testing.assert_close(network(x), network.head(rnn(x)[1][0]))
+    packed = pack_sequence([x[0], x[1, :1], x[2, :4]], enforce_sorted=False)
+    expected = network.head(rnn(packed)[1][0])
+    torch.testing.assert_close(network(packed), expected)
+    torch.testing.assert_close(network(aligned(packed)), expected)
+
+
+def test_images_are_read_row_by_row_or_pixel_by_pixel() -> None:
+    """Catches columns taken for rows."""
+    torch.manual_seed(0)
+    image = torch.randn(2, 1, 4, 3)
+    rows, pixels = ElmanRNN(3, 5, 2), ElmanRNN(1, 5, 2)
+    assert torch.equal(rows(image), rows(image.reshape(2, 4, 3)))
+    assert torch.equal(pixels(image), pixels(image.reshape(2, 12, 1)))
+    inputs, begun = rows.steps(image)
+    assert torch.equal(inputs[1, 2], image[1, 0, 2])
+    assert begun.flatten().tolist() == [0, 1, 1, 1]
+
+
+def test_the_recurrent_weight_begins_orthogonal() -> None:
+    """Catches an initial matrix that shrinks what it carries; the rest lies within torch's bounds."""
+    weight = ElmanRNN(3, 16, 2).cell.weight.detach()
+    torch.testing.assert_close(weight[:, 3:] @ weight[:, 3:].t(), torch.eye(16), rtol=0, atol=1e-5)
+    assert float(weight[:, :3].abs().max()) <= 0.25
+
+
+def test_aligned_by_hand() -> None:
+    """Catches sequences shifted by one, marks on the wrong side, and padding that is not zero."""
+    padded = torch.tensor([[[1.0], [2.0], [9.0]], [[3.0], [4.0], [5.0]]])
+    expected = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [1.0, 2.0]], [[1.0, 3.0], [1.0, 4.0], [1.0, 5.0]]])
+    sequences = [padded[0, :2], padded[1]]
+    for found in (
+        aligned(padded, [2, 3]),
+        aligned(padded, torch.tensor([2, 3])),
+        aligned(sequences),
+        aligned(pack_sequence(sequences, enforce_sorted=False)),
+    ):
+        assert torch.equal(found, expected)
+    inputs, begun = ElmanRNN(1, 2, 2).steps(expected)
+    assert torch.equal(inputs, expected[..., 1:])
+    assert begun.squeeze(2).tolist() == [[0, 0, 1], [0, 1, 1]]
+
+
+X = torch.randn(2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "lengths", "message"),
+    [
+        (X, None, "come with lengths"),
+        (X[0], [1, 1, 1], "shape .batch, time, features."),
+        (X, [1], "2 numbers from 1 to 3"),
+        (X, [0, 3], "2 numbers from 1 to 3"),
+        (X, [1, 4], "2 numbers from 1 to 3"),
+        (list(X), [3, 3], "know theirs"),
+        (pack_sequence(list(X)), [3, 3], "know theirs"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(sequences: Any, lengths: Any, message: str) -> None:
+    """Catches padding trained as data, and an empty sequence."""
+    with pytest.raises(ValueError, match=message):
+        aligned(sequences, lengths)
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 7), torch.randn(3), torch.randn(2, 0, 3), torch.randn(2, 5, 2)])
+def test_inputs_that_are_no_steps_are_refused(x: Tensor) -> None:
+    """Catches features of two steps read as one."""
+    with pytest.raises(ValueError, match="sequences of 3 numbers a step"):
+        ElmanRNN(3, 4, 2)(x)
+
+
+def test_a_number_too_many_is_not_taken_for_a_mark() -> None:
+    """Catches data of another width read as marks of lengths."""
+    padded = pad_sequence([torch.ones(2, 4), torch.ones(3, 4)], batch_first=True)  # padding behind
+    for x in (torch.randn(2, 5, 4), padded):
+        with pytest.raises(ValueError, match="does not mark where each sequence begins"):
+            ElmanRNN(3, 4, 2)(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"), [((0, 4, 2), ValueError), ((3, 4.0, 2), TypeError), ((3, 4, 2, "sine"), ValueError)]
+)
+def test_bad_sizes_are_refused(arguments: Any, error: type[Exception]) -> None:
+    """Catches an error that comes from deep inside torch."""
+    with pytest.raises(error):
+        ElmanRNN(*arguments)
