@@ -134,8 +134,8 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "first_epoch.csv",
         "examples/paper/first_epoch.py",
         "Test accuracy in per cent after so many batches of 200 of MNIST (95 % intervals), six settings tuned "
-        "for every method on a validation split. ADMM and MAC are fitted anew at each mark to the samples seen by then, with 30 "
-        "sweeps over them.",
+        "for every method on a validation split. ADMM and MAC are fitted anew at each mark to the samples seen by "
+        "then, with 30 sweeps over them.",
         first_epochs,
     ),
     (
