@@ -114,6 +114,13 @@ class _Tracer(fx.Tracer):
         return bool(why)
 
 
+class _OpensNothing(fx.Tracer):
+    """Traces one module's own forward; the modules in it stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
 def _closed(module: nn.Module) -> str:
     """Why a module cannot be opened, by a trace in either mode that opens none of its own modules; empty if it can."""
     if module.__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential):
@@ -121,8 +128,7 @@ def _closed(module: nn.Module) -> str:
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks"
     training, codes = module.training, []
-    tracer = fx.Tracer()
-    tracer.is_leaf_module = lambda m, name: True  # type: ignore[method-assign]
+    tracer = _OpensNothing()
     try:
         for mode in (True, False):
             module.training = mode

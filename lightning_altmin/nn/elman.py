@@ -115,7 +115,7 @@ class ElmanRNN(nn.Module):
     def forward(self, x: Tensor | PackedSequence) -> Tensor:
         """The outputs, shape ``(batch, out_features)``."""
         inputs, begun = self.steps(aligned(x) if isinstance(x, PackedSequence) else x)
-        w_x, w_h = self.cell.weight.split([self.in_features, self.hidden], 1)
+        w_x, w_h = self.cell.weight[:, : self.in_features], self.cell.weight[:, self.in_features :]
         driven = nn.functional.linear(inputs, w_x, self.cell.bias)  # all steps at once
         code = driven[:, 0]
         for t in range(1, driven.shape[1]):
