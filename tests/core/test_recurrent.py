@@ -24,7 +24,7 @@ from lightning_altmin import (
     SequenceClassifier,
 )
 from lightning_altmin.nn import ElmanRNN, aligned
-from lightning_altmin.strategies.layer_parallel import _refuse_unsupported
+from lightning_altmin.strategies.cutting import refuse_uncuttable
 
 F64 = torch.float64
 LENGTHS = [5, 1, 3, 5]
@@ -223,7 +223,7 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         CodedRecurrentNetwork(net(), "fast")
     assert CodedRecurrentNetwork(net("selu")).stages[0].engine.kind == "autograd"
     with pytest.raises(ValueError, match="one per time step"):
-        _refuse_unsupported(AltMin(net(), nn.CrossEntropyLoss()), 2)
+        refuse_uncuttable(AltMin(net(), nn.CrossEntropyLoss()), 2)
 
 
 def test_explain_shows_one_stage_for_all_steps() -> None:
