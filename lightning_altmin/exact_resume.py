@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from lightning_altmin.random_state import random_state, set_random_state
 from lightning_altmin.trainer_progress import TrainerProgress
@@ -82,7 +84,7 @@ class ExactResume(LightningModule):
 
 
 def of_all_processes(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Something that each process has, by rank; this one's alone where the others cannot be waited for.
+    """What each process has, by rank; once if it is the same for all, and this one's where none can be waited for.
 
     They may be gone after an exception, or be elsewhere when a signal makes Lightning save in the middle of a batch.
     """
@@ -91,7 +93,17 @@ def of_all_processes(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, An
         return [own]
     states = [own] * trainer.world_size
     dist.all_gather_object(states, own)
-    return states
+    return states[:1] if all(_equal(state, own) for state in states) else states
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
 
 
 def _exhaust(fetcher: Any) -> None:

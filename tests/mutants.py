@@ -127,22 +127,22 @@ MUTANTS = (
     Mutant(
         "codes moved from the bottom up",
         "altmin.py",
-        "for level in range(top, -1, -1):",
-        "for level in range(top + 1):",
+        "for level in range(len(step.codes_forward) - 1, -1, -1):",
+        "for level in range(len(step.codes_forward)):",
         (CODE_STEP,),
     ),
     Mutant(
         "target above as it was before it moved",
         "altmin.py",
-        "target_move=None if level == top else step.moves[level + 1],",
-        "target_move=None if level == top else step.moves[level + 1] * 0,",
+        "target_move=None if is_top else step.moves[level + 1],",
+        "target_move=None if is_top else step.moves[level + 1] * 0,",
         (CODE_STEP,),
     ),
     Mutant(
         "forward inputs in place of moved ones",
-        "altmin.py",
-        "input=forward if move is None else forward + move,",
-        "input=forward,",
+        "network.py",
+        "step.moves[index - 1] if index > 0 and moved else None,",
+        "None,",
         (WEIGHT_STEP,),
     ),
     Mutant(
@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "target of the weight step is the forward code",
         "weights/base.py",
-        "self.live.change(self.forward_input, self.forward_output, self.input_move) - self.move",
-        "self.live.change(self.forward_input, self.forward_output, self.input_move)",
+        "residual = live.residual(self.forward_output, self.move, self.spends)",
+        "residual = live.residual(self.forward_output, torch.zeros_like(self.move), self.spends)",
         (WEIGHT_STEP,),
     ),
     Mutant(
@@ -236,15 +236,15 @@ MUTANTS = (
     Mutant(
         "a memory that does not forget",
         "weights/layer_statistics.py",
-        "        discount = forgetting\n",
-        "        discount = 1.0\n",
+        "        decay = self._decay(forgetting, processes)\n",
+        "        decay = self._decay(1.0, processes)\n",
         ("weights/test_statistics.py::test_forgetting_against_its_closed_form",),
     ),
     Mutant(
         "targets discounted and inputs not",
         "weights/layer_statistics.py",
-        "A, B = self.A * discount, None if self.B is None else self.B * discount",
-        "A, B = self.A.clone(), None if self.B is None else self.B * discount",
+        "A, B = self.A * decay, None if self.B is None else self.B * decay",
+        "A, B = self.A.clone(), None if self.B is None else self.B * decay",
         ("weights/test_statistics.py::test_forgetting_against_its_closed_form",),
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class ConvRule(Rule):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         return self._apply(x, self.module.bias), x.shape
+
+    def joined(self, states: Sequence[Any]) -> Any:
+        return states[0]  # of which the size of an image is read, and not that of the batch
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self._apply(x, self.module.bias), None

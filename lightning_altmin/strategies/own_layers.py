@@ -60,7 +60,8 @@ class OwnLayers:
 
     def gathered(self) -> dict[str, Any]:
         """The state dictionary of one process, on the first process; empty on others. All of them must call it."""
-        own = {name: self._own_state(child, name) for name, child in self._children().items()}
+        children = self._children().items()
+        own = {name: (self._own_state(child, name), self._own_settings(child, name)) for name, child in children}
         every: list[Any] | None = [None] * dist.get_world_size(self._group) if self._rank == 0 else None
         first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         dist.gather_object(own, every, first, group=self._group)
@@ -68,10 +69,13 @@ class OwnLayers:
             return {}
         whole: dict[str, Any] = {}
         for name, child in self._children().items():
-            states = {place: state for each in every for place, state in each[name].items()}
+            states = {place: state for each in every for place, state in each[name][0].items()}
             groups = child.state_dict()["param_groups"]
             for group, places in zip(groups, self._places[name], strict=True):
                 group["params"] = [place for place, _ in places]
+            for each in every:
+                for index, settings in each[name][1].items():
+                    groups[index].update(settings)
             whole[name] = {"state": {place: states[place] for place in sorted(states)}, "param_groups": groups}
         return {"children": whole} if hasattr(self.optimizer, "children") else whole[""]
 
@@ -82,6 +86,15 @@ class OwnLayers:
             whole: {key: v.cpu() if isinstance(v, Tensor) else v for key, v in state[here].items()}
             for whole, here in pairs
             if here >= 0 and here in state
+        }
+
+    def _own_settings(self, optimizer: Optimizer, name: str) -> dict[int, dict[str, Any]]:
+        """What the groups of one's own layers hold beside parameters: an optimizer may keep its state there."""
+        groups = optimizer.state_dict()["param_groups"]
+        return {
+            index: {key: v.cpu() if isinstance(v, Tensor) else v for key, v in group.items() if key != "params"}
+            for index, (group, places) in enumerate(zip(groups, self._places[name], strict=True))
+            if any(here >= 0 for _, here in places)
         }
 
     def load(self, whole: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, Grad
 from lightning_altmin.callbacks import CodeMonitor, CompareToBackprop, CompareWithTwin, MuSchedule
 from lightning_altmin.cli import AltMinCLI, main
 from lightning_altmin.data import DigitsDataModule
+from lightning_altmin.strategies import LayerParallelStrategy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUIET = [
@@ -77,7 +78,14 @@ def test_examples_are_all_tested() -> None:
     """Would catch an example added without a test."""
     names = {path.stem for path in EXAMPLES.glob("*.yaml")}
     networks = {"mnist_mlp", "mnist_memory", "mnist_rows", "mnist_lenet", "cifar10_mlp", "cifar10_conv"}
-    assert names == networks | {"digits", "higgs"}
+    assert names == networks | {"digits", "higgs", "layer_parallel"}
+
+
+def test_the_layer_parallel_example_makes_what_it_says() -> None:
+    """Would catch a strategy that its registered name does not find, and one that is given other processes."""
+    cli = AltMinCLI(["--config", str(EXAMPLES / "layer_parallel.yaml")], run=False)
+    assert isinstance(cli.trainer.strategy, LayerParallelStrategy)
+    assert cli.trainer.world_size == 2
 
 
 def test_fit_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

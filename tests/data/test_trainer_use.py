@@ -102,7 +102,8 @@ def rows(path: Path, count: int, size: int, rank: int, world: int, **settings: A
     path.write_text("".join(f"0,{row}\n" for row in range(count)))
     data = CSVDataModule(path, batch_size=size, target_column=1, chunk_rows=3, **settings)
     data.setup("fit")
-    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, overfit_batches=0)  # type: ignore[assignment]
+    shared: dict[str, Any] = {"distributed_sampler_kwargs": {"num_replicas": world, "rank": rank}}
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, overfit_batches=0, **shared)  # type: ignore[assignment]
     return data.train_dataloader()  # type: ignore[return-value]
 
 

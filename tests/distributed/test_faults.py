@@ -89,7 +89,8 @@ def test_the_others_end_and_a_new_run_goes_on_bit_equal(tmp_path: Path, victim: 
         fit.fit(model, datamodule=Drawn(batch_size=8, eval_batch_size=4))
         return state(model, fit)
 
-    assert torch.load(kept, weights_only=True)["global_step"] == 4  # in the middle of the second epoch
+    steps = torch.load(kept, weights_only=True)["global_step"]  # in the middle of the second epoch
+    assert steps == 4 or (number == signal.SIGTERM and steps == 5)  # the batch in which SIGTERM comes may be finished
     model, fit = fresh(), trainer(devices=1)  # of one process, which must make no difference
     fit.fit(model, datamodule=Drawn(batch_size=8, eval_batch_size=4), ckpt_path=kept, weights_only=True)
     compare([state(model, fit)], straight())

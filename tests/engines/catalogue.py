@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.nn import HardThreshold, Quantise, Sign, Step
+from lightning_altmin.nn import HardThreshold, Quantise, Sign, Staircase, Step
 
 TOLERANCE = 1e-12
 """The bound of the specification on the difference of engines, in float64, relative to the largest entry."""
@@ -126,6 +126,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "step-threshold": lambda: Step(0.3),
     "hard-threshold": lambda: HardThreshold(0.6),
     "quantise": lambda: Quantise(2, -1.0, 2.0),
+    "staircase": lambda: Staircase(-1.0, 0.5, -0.7, 0.4, 3),
     "softplus": nn.Softplus,
     "softplus-beta": lambda: nn.Softplus(beta=3.0, threshold=4.0),
 }
