@@ -37,7 +37,7 @@ from lightning_altmin import (
 from lightning_altmin.codes import CodeProblem
 from lightning_altmin.data import VisionDataModule
 from lightning_altmin.margins import MarginLoss
-from lightning_altmin.nn import MLP, HardThreshold, Quantise, Sign, Step
+from lightning_altmin.nn import MLP, HardThreshold, Heaviside, Quantise, Sign
 from lightning_altmin.nn.integer import IntegerNetwork
 
 matplotlib.use("Agg")
@@ -140,7 +140,7 @@ METHODS: dict[str, Callable[..., LightningModule]] = {
     "straight-through backprop": functools.partial(backprop, StraightThroughSign, lr=0.002),
     "official recipe": official,
     "tanh backprop": functools.partial(backprop, nn.Tanh, lr=0.002),
-    "step": functools.partial(discrete, Step, lr=0.002, flips=0, mu=1.0),
+    "step": functools.partial(discrete, Heaviside, lr=0.002, flips=0, mu=1.0),
     "hard threshold": functools.partial(discrete, HardThreshold, lr=0.002, flips=0, mu=1.0),
     "2 bits": functools.partial(discrete, Quantise, lr=0.002, flips=0, mu=1.0),
 }

@@ -21,7 +21,7 @@ _BETWEEN = (nn.Flatten, nn.Unflatten, nn.Identity)  # what may stand between the
 
 
 class DiscreteCodes(CodeSolver):
-    r"""For networks of `Sign`, `Step` and other staircases: which side of its thresholds each unit should be on.
+    r"""For networks of `Sign`, `Heaviside` and other staircases: which side of its thresholds each unit should be on.
 
     With ``a = s(c)`` the values that the layer above reads, the problem of a code is one over levels: unit j costs
     what its new value does to the objective above, plus the anchor ``mu/2 (c_j' - c_j)^2`` of the way to the nearest
@@ -79,7 +79,7 @@ class DiscreteCodes(CodeSolver):
         found = [any(isinstance(m, Staircase) for m in stage.modules) for stage in stages]
         if not any(found):
             raise ValueError(
-                "codes=DiscreteCodes found no staircase (Sign, Step, ...) in the network; use CurvatureCodes()"
+                "codes=DiscreteCodes found no staircase (Sign, Heaviside, ...) in the network; use CurvatureCodes()"
             )
         if not (objective.per_sample and objective.couples_by_squares) or objective.lambda_c > 0:
             raise ValueError(

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lightning_altmin.engines.closed_form import closed_form
 from lightning_altmin.engines.rule import Point, Rule
-from lightning_altmin.nn.staircase import HardThreshold, Quantise, Sign, Staircase, Step
+from lightning_altmin.nn.staircase import HardThreshold, Heaviside, Quantise, Sign, Staircase
 
 
-@closed_form(Staircase, Sign, Step, HardThreshold, Quantise)
+@closed_form(Staircase, Sign, Heaviside, HardThreshold, Quantise)
 class StaircaseRule(Rule):
     """``y = staircase(x)``; the derivative is zero."""
 

@@ -4,6 +4,17 @@ from lightning_altmin.nn.convnet import ConvNet
 from lightning_altmin.nn.elman import ElmanRNN, aligned
 from lightning_altmin.nn.lenet import LeNet5
 from lightning_altmin.nn.mlp import MLP
-from lightning_altmin.nn.staircase import HardThreshold, Quantise, Sign, Staircase, Step
+from lightning_altmin.nn.staircase import HardThreshold, Heaviside, Quantise, Sign, Staircase
 
-__all__ = ["MLP", "ConvNet", "ElmanRNN", "HardThreshold", "LeNet5", "Quantise", "Sign", "Staircase", "Step", "aligned"]
+__all__ = [
+    "MLP",
+    "ConvNet",
+    "ElmanRNN",
+    "HardThreshold",
+    "Heaviside",
+    "LeNet5",
+    "Quantise",
+    "Sign",
+    "Staircase",
+    "aligned",
+]

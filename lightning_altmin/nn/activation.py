@@ -4,7 +4,7 @@ import importlib
 
 from torch import nn
 
-from lightning_altmin.nn.staircase import Sign, Step
+from lightning_altmin.nn.staircase import Heaviside, Sign
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "sign": Sign,
     "softplus": nn.Softplus,
-    "step": Step,
+    "step": Heaviside,
     "tanh": nn.Tanh,
 }
 

@@ -57,7 +57,7 @@ class IntegerNetwork:
         fits = len(modules) % 2 == 1 and all(type(m) is nn.Linear for m in linears)
         if not fits or not all(isinstance(m, Staircase) for m in staircases):
             raise ValueError(
-                "network must be Linear layers with a staircase (Sign, Step, ...) after each but the last, got "
+                "network must be Linear layers with a staircase (Sign, Heaviside, ...) after each but the last, got "
                 f"{[type(m).__name__ for m in network]}"
             )
         self.rounded = copy.deepcopy(network).double()

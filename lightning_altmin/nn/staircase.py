@@ -62,7 +62,7 @@ class Sign(Staircase):
         super().__init__(low=-1.0, rise=2.0, first=0.0)
 
 
-class Step(Staircase):
+class Heaviside(Staircase):
     """``1`` where ``x >= threshold``, else ``0``.
 
     Args:

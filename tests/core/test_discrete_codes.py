@@ -26,7 +26,7 @@ from lightning_altmin import (
 )
 from lightning_altmin.codes import CodeProblem, CodeSolver
 from lightning_altmin.margins import MarginLoss
-from lightning_altmin.nn import MLP, HardThreshold, Quantise, Sign, Staircase, Step
+from lightning_altmin.nn import MLP, HardThreshold, Heaviside, Quantise, Sign, Staircase
 from lightning_altmin.weights import WeightProblem
 
 
@@ -34,7 +34,7 @@ def sgd(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1)
 
 
-STAIRCASES = {"sign": Sign, "step": lambda: Step(0.1), "hard": lambda: HardThreshold(0.3), "2 bits": Quantise}
+STAIRCASES = {"sign": Sign, "step": lambda: Heaviside(0.1), "hard": lambda: HardThreshold(0.3), "2 bits": Quantise}
 
 
 def network(make: Any = Sign, widths: tuple[int, ...] = (5, 4, 6), outputs: int = 3, seed: int = 0) -> nn.Sequential:

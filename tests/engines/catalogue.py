@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.nn import HardThreshold, Quantise, Sign, Staircase, Step
+from lightning_altmin.nn import HardThreshold, Heaviside, Quantise, Sign, Staircase
 
 TOLERANCE = 1e-12
 """The bound of the specification on the difference of engines, in float64, relative to the largest entry."""
@@ -123,10 +123,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "elu-alpha": lambda: nn.ELU(0.4),
     "sign": Sign,
-    "step-threshold": lambda: Step(0.3),
+    "step-threshold": lambda: Heaviside(0.3),
     "hard-threshold": lambda: HardThreshold(0.6),
     "quantise": lambda: Quantise(2, -1.0, 2.0),
-    "staircase": lambda: Staircase(-1.0, 0.5, -0.7, 0.4, 3),
+    "staircase": lambda: Staircase(-1.0, 0.5, -0.75, 0.5, 3),
     "softplus": nn.Softplus,
     "softplus-beta": lambda: nn.Softplus(beta=3.0, threshold=4.0),
 }

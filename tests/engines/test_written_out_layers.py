@@ -164,6 +164,7 @@ FORMULAS: dict[str, Callable[[float], float]] = {
     "step-threshold": lambda x: float(x >= 0.3),
     "hard-threshold": lambda x: float(x >= 0.6) - float(x < -0.6),
     "quantise": lambda x: -1.0 + (x >= -0.5) + (x >= 0.5) + (x >= 1.5),
+    "staircase": lambda x: -1.0 + 0.5 * ((x >= -0.75) + (x >= -0.25) + (x >= 0.25)),
     "softplus": lambda x: x if x > 20 else math.log1p(math.exp(x)),
     "softplus-beta": lambda x: x if 3 * x > 4 else math.log1p(math.exp(3 * x)) / 3,
 }

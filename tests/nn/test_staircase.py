@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_altmin.nn import MLP, HardThreshold, Quantise, Sign, Staircase, Step
+from lightning_altmin.nn import MLP, HardThreshold, Heaviside, Quantise, Sign, Staircase
 from lightning_altmin.nn.integer import IntegerNetwork
 
 
@@ -25,8 +25,8 @@ def values(module: nn.Module, points: list[float]) -> list[float]:
     ("module", "points", "expected"),
     [
         (Sign(), [-2.0, -1e-300, -0.0, 0.0, 3.0, math.inf, -math.inf], [-1, -1, 1, 1, 1, 1, -1]),
-        (Step(), [-1e-300, 0.0, 2.0], [0, 1, 1]),
-        (Step(0.5), [0.25, 0.5, 0.75], [0, 1, 1]),
+        (Heaviside(), [-1e-300, 0.0, 2.0], [0, 1, 1]),
+        (Heaviside(0.5), [0.25, 0.5, 0.75], [0, 1, 1]),
         (HardThreshold(0.5), [-0.75, -0.5, 0.25, 0.5, 9.0], [-1, 0, 0, 1, 1]),
         (Quantise(1, 0.0, 1.0), [-3.0, 0.25, 0.5, 7.0], [0, 0, 1, 1]),
         (Quantise(2, -1.5, 1.5), [-9.0, -1.25, -1.0, -0.25, 0.25, 1.25, 9.0], [-1.5, -1.5, -0.5, -0.5, 0.5, 1.5, 1.5]),
@@ -47,7 +47,7 @@ def test_quantise_rounds_to_the_nearest_value(bits: int, low: float, width: floa
     assert abs(got - x) <= min(abs(g - x) for g in grid) + 1e-9
 
 
-@pytest.mark.parametrize("module", [Sign(), Step(0.3), HardThreshold(), Quantise(3)])
+@pytest.mark.parametrize("module", [Sign(), Heaviside(0.3), HardThreshold(), Quantise(3)])
 def test_the_gradient_is_zero_and_nan_stays(module: nn.Module) -> None:
     """Catches a surrogate gradient, a graph that ends with an error, and a NaN that becomes a valid value."""
     x = torch.tensor([-1.3, 0.01, 0.7, 2.0], requires_grad=True)
@@ -60,7 +60,7 @@ def test_the_gradient_is_zero_and_nan_stays(module: nn.Module) -> None:
     ("make", "message"),
     [
         (lambda: HardThreshold(0.0), "threshold must be a positive number"),
-        (lambda: Step(math.nan), "first must be a finite number"),
+        (lambda: Heaviside(math.nan), "first must be a finite number"),
         (lambda: Quantise(0), "bits must be an integer from 1 to 16"),
         (lambda: Quantise(2, 1.0, 1.0), "low must be a number below high"),
         (lambda: Staircase(0.0, 1.0, 0.0, steps=0), "steps must be an integer >= 1"),
@@ -79,7 +79,7 @@ def test_bad_arguments_are_refused(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("activation", [Sign, Step, HardThreshold, Quantise])
+@pytest.mark.parametrize("activation", [Sign, Heaviside, HardThreshold, Quantise])
 def test_integers_predict_what_exact_arithmetic_does(activation: type[nn.Module]) -> None:
     """Catches a threshold rounded the wrong way, a bias left out, and a scale of the wrong layer.
 
