@@ -156,7 +156,7 @@ def test_lower_crossings_are_exact_on_the_straight_part_of_every_ramp(make: Any)
     level, margins = s.level(lower.forward), lower.margins
     assert margins is not None
     here = objective_above(lower, s.value(level))
-    assert float(margins.up.abs().max()) > 1e-6
+    assert float(margins.up.detach().abs().max()) > 1e-6
     for j in range(level.shape[1]):
         for rises, way in ((margins.up, 1), (margins.down, -1)):
             other = level.clone()
@@ -188,7 +188,9 @@ def test_the_search_never_raises_the_problem_and_brute_force_is_never_beaten(
         assert bool((reached <= total(problem, s.level(problem.forward), 0.4) + 1e-12).all())
         lowest = torch.stack([total(problem, p, 0.4) for p in patterns(s, problem.forward.shape[1])]).amin(0)
         assert bool((reached >= lowest - 1e-12).all())
-        torch.testing.assert_close(float(problem.value(step.moves[level])), float(reached.sum()), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            float(problem.value(step.moves[level]).detach()), float(reached.sum().detach()), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_one_flip_is_the_best_single_one() -> None:
