@@ -71,6 +71,7 @@ def solved(
     return core, step, problems
 
 
+@torch.no_grad()
 def objective_above(problem: CodeProblem, values: Tensor) -> Tensor:
     """What the values that the layer above reads cost each sample, written out."""
     linear: Any = problem.above.affine[0]
