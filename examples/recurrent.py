@@ -35,9 +35,9 @@ from lightning_altmin.nn import ElmanRNN
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 METHODS = ("backprop", "AltMin")
-RATES = (0.003, 0.006, 0.012)
+RATES = (0.006, 0.012, 0.025, 0.05)
 HIDDEN = (15, 50)
-EPOCHS, TUNE_EPOCHS, BATCH = 10, 3, 1024
+EPOCHS, TUNE_EPOCHS, BATCH = 10, 10, 1024
 SHARE = 0.3  # of the exact step of each code: with the default of 0.05 nothing would be left after 28 steps
 
 

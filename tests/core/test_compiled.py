@@ -73,7 +73,7 @@ CODES: dict[str, Any] = {
     "curvature": CurvatureCodes,
     "gradient": lambda: GradientCodes(3, 0.2, 0.9, nesterov=True),
     "least squares": LeastSquaresCodes,
-    "discrete": lambda: DiscreteCodes(flips=5),
+    "discrete": DiscreteCodes,
 }
 
 
