@@ -13,7 +13,6 @@ at once; a run whose row exists is not repeated, so an interrupted command goes 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import math
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from rows import append, read
 from torch import nn
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, CodedNetwork, CurvatureCodes, LocalGradient
@@ -132,24 +132,6 @@ class Row:
         return tuple(str(getattr(self, f.name)) for f in fields(self) if f.name not in ("accuracy", "loss", "seconds"))
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    with path.open() as file:
-        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
-
-
-def append(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-
-
 def train(row: Row, suite: Suite, data: LightningDataModule) -> Row:
     """Train one network by one method and evaluate it: on the held-out part when tuning, else on the test set."""
     seed_everything(row.seed, verbose=False)
@@ -224,11 +206,11 @@ def best(rows: list[Row], suite: str, network: str, method: str, epochs: int) ->
 def run(phase: str, name: str, root: str, path: Path, wanted: list[str] | None = None) -> None:
     suite = SUITES[name]
     data = suite.data(root, 1 / 6 if phase == "tune" else 0.0)
-    for row in planned(name, suite, phase, read(path), wanted):
-        if row.key in {done.key for done in read(path)}:
+    for row in planned(name, suite, phase, read(path, Row), wanted):
+        if row.key in {done.key for done in read(path, Row)}:
             continue
         row = train(row, suite, data)
-        append(path, row)
+        append(path, [row])
         print(f"{row.phase} {row.network} {row.method} epochs={row.epochs} lr={row.lr} mu={row.mu} seed={row.seed}: "
               f"{100 * row.accuracy:.2f} % in {row.seconds:.0f} s", flush=True)  # fmt: skip
 
@@ -244,7 +226,7 @@ def table(path: Path) -> str:
         "| network | epochs | seeds | backprop % | method | its % | - backprop (95 %) | rates (backprop; it) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    final = [r for r in read(path) if r.phase == "final"]
+    final = [r for r in read(path, Row) if r.phase == "final"]
     for suite, network, epochs in dict.fromkeys((r.suite, r.network, r.epochs) for r in final):
         runs: dict[str, dict[int, Row]] = {
             m: {r.seed: r for r in final if (r.suite, r.network, r.epochs, r.method) == (suite, network, epochs, m)}

@@ -22,6 +22,7 @@ import accuracy
 import bcd_mnist
 import convergence
 import first_epoch
+from rows import read
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results"
@@ -92,7 +93,7 @@ def time_and_memory() -> str:
 
 
 def first_epochs() -> str:
-    return first_epoch.table(first_epoch.read(RESULTS / "first_epoch.csv")).strip()
+    return first_epoch.table(read(RESULTS / "first_epoch.csv", first_epoch.Row)).strip()
 
 
 def offline() -> str:

@@ -24,6 +24,7 @@ import matplotlib
 import torch
 from deep_networks import EpochClock
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from rows import append_values
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -201,12 +202,7 @@ def measure(method: str, seed: int, epochs: int, data: VisionDataModule, root: s
         for epoch, (accuracy, seconds) in enumerate(clock.rows, 1)
     ]
     rows[-1] = (*rows[-1][:5], f"{test:.4f}", *integer)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    append_values(RESULTS, COLUMNS, rows)
 
 
 def table() -> str:

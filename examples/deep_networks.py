@@ -23,6 +23,7 @@ from typing import Any
 import matplotlib
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from rows import append_values
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, LeastSquaresCodes, LocalGradient
 from lightning_altmin.data import VisionDataModule
@@ -118,15 +119,6 @@ def run(name: str, method: str, seed: int, data: VisionDataModule, test: bool = 
     return [*rows[:-1], (*rows[-1][:-1], f"{accuracy:.4f}")]
 
 
-def append(rows: list[tuple[Any, ...]]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerows(rows)
-
-
 def table() -> str:
     """What docs/deep.md shows, from the committed rows."""
     with RESULTS.open() as file:
@@ -212,7 +204,7 @@ def main() -> None:
                 if arguments.trial:
                     print(name, method, seed, arguments.trial, [row[4] for row in rows], flush=True)
                 else:
-                    append(rows)
+                    append_values(RESULTS, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,18 @@ the tables and the figure of the documentation.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import append, read
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -234,24 +234,6 @@ def train(run: tuple[str, str, str, str, int], samples: Samples) -> list[Row]:
     return rows
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    with path.open() as file:
-        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def best(rows: list[Row], suite: str, method: str, batches: int) -> str:
     """The rate with the highest accuracy on the samples held out, after this number of batches; a mean over seeds."""
     tuned = [r for r in rows if (r.suite, r.phase, r.method, r.batches) == (suite, "tune", method, batches)]
@@ -280,8 +262,8 @@ def planned(phase: str, name: str, rows: list[Row], seeds: int) -> list[tuple[st
 
 def execute(phase: str, name: str, root: str, path: Path, seeds: int, minutes: float) -> None:
     samples, start = None, time.monotonic()
-    for run in planned(phase, name, read(path), seeds):
-        if (*run[:-1], str(run[-1])) in {row.run for row in read(path)}:
+    for run in planned(phase, name, read(path, Row), seeds):
+        if (*run[:-1], str(run[-1])) in {row.run for row in read(path, Row)}:
             continue
         if time.monotonic() - start > 60 * minutes:
             print("more runs are planned: call again")

@@ -10,7 +10,8 @@ import math
 import statistics
 from pathlib import Path
 
-from memory import DEFAULT, MEMORY, RATES, RESULTS, SUITES, Row, best, read
+from memory import DEFAULT, MEMORY, RATES, RESULTS, SUITES, Row, best
+from rows import read
 
 T95 = {2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 % quantiles of t by degrees of freedom, seeds - 1
 
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
-    rows = read(arguments.results)
+    rows = read(arguments.results, Row)
     print("\n".join([*finals(rows), "", *sweeps(rows), "", *studies(rows)]))
     if arguments.figure:
         plot(rows, arguments.figure)

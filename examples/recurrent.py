@@ -21,12 +21,13 @@ import functools
 import statistics
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from rows import append, read
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, AltMinModule, BackpropModule, CurvatureCodes, GradientCodes, LocalGradient
@@ -57,25 +58,6 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         return (self.phase, self.hidden, self.method, self.epochs, self.lr, self.seed)
-
-
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    with path.open() as file:
-        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
-
-
-def append(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-    print(row, flush=True)
 
 
 def train(row: Row, root: str, in_features: int = 28, batch: int = BATCH, limit: float | int = 1.0) -> Row:
@@ -133,14 +115,15 @@ def run(arguments: argparse.Namespace) -> None:
             rows += [Row("tune", hidden, m, TUNE_EPOCHS, lr, 100) for lr in RATES for m in METHODS]
         else:
             for seed in arguments.seeds:
-                rows += [Row("final", hidden, m, EPOCHS, best_rate(read(path), hidden, m), seed) for m in METHODS]
+                rows += [Row("final", hidden, m, EPOCHS, best_rate(read(path, Row), hidden, m), seed) for m in METHODS]
     start = time.monotonic()
     for row in rows:
-        if row.key in {done.key for done in read(path)}:
+        if row.key in {done.key for done in read(path, Row)}:
             continue
         if time.monotonic() - start > 60 * arguments.minutes:
             raise SystemExit("time is up; run the command again to go on")
-        append(path, train(row, arguments.root))
+        append(path, [ended := train(row, arguments.root)])
+        print(ended, flush=True)
 
 
 # ---------------------------------------------------------------- what arrives at each step
@@ -212,12 +195,12 @@ def _plot(rows: list[tuple[int, int, float, float, float]]) -> None:
 
 def pixels(arguments: argparse.Namespace) -> None:
     row = Row("pixels", 50, "AltMin", 1, 0.001, 1)
-    append(arguments.results, train(row, arguments.root, in_features=1, batch=128, limit=20))
+    append(arguments.results, [train(row, arguments.root, in_features=1, batch=128, limit=20)])
 
 
 def table(path: Path) -> str:
     lines = ["| units | method | rate | seeds | test accuracy % | seconds |", "| --- | --- | --- | --- | --- | --- |"]
-    rows = [row for row in read(path) if row.phase == "final"]
+    rows = [row for row in read(path, Row) if row.phase == "final"]
     for hidden in HIDDEN:
         for method in METHODS:
             chosen = [row for row in rows if (row.hidden, row.method) == (hidden, method)]

@@ -24,13 +24,14 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rows import append, read
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -91,14 +92,6 @@ class Row:
     test_accuracy: str = ""
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    with path.open() as file:
-        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
-
-
 class Rows(Callback):
     """After each epoch: a row with the validation accuracy and the seconds of training alone; stops when time is up."""
 
@@ -115,20 +108,10 @@ class Rows(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         accuracy = float(trainer.callback_metrics["val_acc"])
         row = Row(**self._run, epoch=trainer.current_epoch + 1, val_accuracy=accuracy, seconds=round(self._seconds, 1))
-        append(self._path, row)
+        append(self._path, [row])
+        print(row, flush=True)
         if time.monotonic() > self._deadline:
             trainer.should_stop = True
-
-
-def append(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-    print(row, flush=True)
 
 
 def build(method: str, lr: float, steps: int) -> AltMinModule | BackpropModule:
@@ -149,7 +132,7 @@ def train(phase: str, method: str, lr: float, seed: int, arguments: argparse.Nam
     epochs = 1 if phase == "tune" else EPOCHS
     run = {"phase": phase, "method": method, "lr": lr, "seed": seed, "epochs": epochs}
     key = tuple(run.values())
-    done = [row for row in read(arguments.results) if (row.phase, row.method, row.lr, row.seed, row.epochs) == key]
+    done = [row for row in read(arguments.results, Row) if (row.phase, row.method, row.lr, row.seed, row.epochs) == key]
     if any(row.epoch == epochs for row in done):
         return
     seed_everything(seed, verbose=False)
@@ -173,12 +156,12 @@ def train(phase: str, method: str, lr: float, seed: int, arguments: argparse.Nam
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
     if trainer.current_epoch >= epochs and phase == "final":
         result = trainer.test(module, datamodule=data, verbose=False)[0]
-        rows = read(arguments.results)
+        rows = read(arguments.results, Row)
         chosen = next(i for i, row in enumerate(rows) if _key(row) == key and row.epoch == epochs)
         rows[chosen] = Row(**(asdict(rows[chosen]) | {"test_accuracy": f"{result['test_acc']:.4f}"}))
-        arguments.results.unlink()
-        for row in rows:
-            append(arguments.results, row)
+        whole = arguments.results.with_suffix(".whole")
+        append(whole, rows)
+        whole.replace(arguments.results)
     if time.monotonic() > arguments.deadline:
         raise SystemExit("time is up; run the command again to go on")
 
@@ -188,7 +171,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def best_rate(path: Path) -> float:
-    tuned = [row for row in read(path) if row.phase == "tune"]
+    tuned = [row for row in read(path, Row) if row.phase == "tune"]
     if not tuned:
         raise SystemExit("no tuning runs: run `tune` first")
     return max(tuned, key=lambda row: row.val_accuracy).lr
@@ -234,7 +217,7 @@ def memory() -> None:
 
 def table(path: Path) -> str:
     lines = ["| method | rate | seeds | test accuracy % | seconds per epoch |", "| --- | --- | --- | --- | --- |"]
-    final = [row for row in read(path) if row.phase == "final" and row.test_accuracy]
+    final = [row for row in read(path, Row) if row.phase == "final" and row.test_accuracy]
     for method in METHODS:
         rows = [row for row in final if row.method == method]
         if rows:

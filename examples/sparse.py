@@ -22,6 +22,7 @@ from typing import Any
 import matplotlib
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from rows import append_values
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -105,13 +106,8 @@ def measure(of: str, method: str, strength: float, seed: int, data: VisionDataMo
     else:
         loader = iter(data.train_dataloader())
         zeros = zeros_of_codes(module.train(), [next(loader) for _ in range(5)])
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        numbers = (f"{strength:g}", seed, f"{zeros:.4f}", f"{val:.4f}", f"{test:.4f}", f"{pace:.1f}")
-        writer.writerow((of, method, *numbers))
+    numbers = (f"{strength:g}", seed, f"{zeros:.4f}", f"{val:.4f}", f"{test:.4f}", f"{pace:.1f}")
+    append_values(RESULTS, COLUMNS, [(of, method, *numbers)])
 
 
 def table() -> str:

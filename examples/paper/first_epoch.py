@@ -21,7 +21,6 @@ exist is not repeated, so an interrupted command goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import logging
@@ -31,7 +30,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,9 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py, whose data, judge and steps these are
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py has the data, judge and steps
 import memory
+from rows import append, read
 
 from lightning_altmin import AltMin, LocalGradient
 from lightning_altmin.baselines import ADMMModule, Hinge, MACModule, SquaredError
@@ -168,24 +168,6 @@ def train(run: Run, root: str, small: bool) -> list[Row]:
     return [Row(suite, phase, method, setting, seed, mark, accuracy) for mark, accuracy in found.items()]
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    types: dict[str, Any] = {"int": int, "float": float, "str": str}
-    with path.open() as file:
-        return [Row(**{f.name: types[str(f.type)](row[f.name]) for f in fields(Row)}) for row in csv.DictReader(file)]
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def best(rows: list[Row], suite: str, method: str) -> str:
     """The setting with the highest validation accuracy, a mean over marks and seeds."""
     tuned = [r for r in rows if (r.suite, r.phase, r.method) == (suite, "tune", method)]
@@ -207,7 +189,7 @@ def planned(phase: str, suite: str, rows: list[Row], seeds: int, wanted: list[st
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    rows = read(arguments.results)
+    rows = read(arguments.results, Row)
     runs = planned(arguments.command, arguments.suite, rows, arguments.seeds, arguments.methods)
     runs = [run for run in runs if (*run[:-1], str(run[-1])) not in {row.run for row in rows}]
     one = functools.partial(train, root=arguments.root, small=arguments.small)
@@ -291,9 +273,9 @@ def main() -> None:
     if arguments.results is None:
         arguments.results = RESULTS.with_stem("first_epoch_small") if arguments.small else RESULTS
     if arguments.command == "table":
-        print(table(read(arguments.results)))
+        print(table(read(arguments.results, Row)))
     elif arguments.command == "plot":
-        plot(read(arguments.results), arguments.results.with_suffix(".svg"))
+        plot(read(arguments.results, Row), arguments.results.with_suffix(".svg"))
     else:
         execute(arguments)
 
