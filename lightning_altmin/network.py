@@ -1,18 +1,15 @@
-"""Splitting a user's network into stages ``f_l = affine_l after transfer_l``, each with its own code."""
+"""A user's network seen as stages with a code between each two, and how it is split into them."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import BatchState, CouplingGradient, StageEngine, StageMap, stage_engine
-from lightning_altmin.margins import MarginLoss
+from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
 from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
 
 if TYPE_CHECKING:
@@ -26,119 +23,7 @@ _NORMALIZATION = (
     nn.RMSNorm,
 )
 _PARAMETRIC_TRANSFER = (nn.PReLU,)
-BatchNormInCodeStep = Literal["fixed", "live"]
 Blocks = Sequence[nn.Module | type[nn.Module] | str]
-
-
-class Stage:
-    """One stage of the network: ``f_l(c) = affine_l(transfer_l(c))``.
-
-    Attributes:
-        name: Name of the stage's layer in the network (``"3"``, ``"features.0"``).
-        transfer: Modules between the code below and the layer: activation, pooling, dropout, reshaping.
-        affine: The layer (or block) and the normalisation directly after it; for the output stage also whatever
-            follows it.
-        is_output: Whether this is the last stage, which has no code.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        transfer: Sequence[nn.Module],
-        affine: Sequence[nn.Module],
-        is_output: bool,
-        engine: str = "auto",
-        batch_norm: BatchNormInCodeStep = "fixed",
-    ) -> None:
-        self.name = name
-        self.batch_norm = batch_norm
-        self._live_in_code_step = batch_norm == "live"
-        self.transfer = list(transfer)
-        self.affine = list(affine)
-        self.is_output = is_output
-        self.engine: StageEngine
-        self.use_engine(engine)
-
-    def use_engine(self, engine: str) -> None:
-        """Evaluate the stage by another engine; see `lightning_altmin.engines.stage_engine`."""
-        self.engine = stage_engine(self.modules, engine)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """All modules of the stage in the order they are applied."""
-        return [*self.transfer, *self.affine]
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the stage, frozen ones included."""
-        for module in self.modules:
-            yield from module.parameters()
-
-    def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
-        """Training-time forward pass, without a graph.
-
-        Raises:
-            ValueError: If the stage cannot take an input of this shape.
-        """
-        try:
-            return self.engine.encode(x)
-        except RuntimeError as error:
-            if "out of memory" in str(error):  # says nothing of the shape, and batch-size finders want to see it
-                raise
-            raise ValueError(
-                f"stage {self.name!r} ({_describe(self.modules)}) cannot take an input of shape {tuple(x.shape)} and "
-                f"dtype {x.dtype}: {error}"
-            ) from error
-
-    def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        """The stage at ``x``, or at ``x + move``, as the code step sees it."""
-        return self.engine.live(x, state, move) if self._live_in_code_step else self.engine.fixed(x, state, move)
-
-    def repeated_coupling(
-        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
-    ) -> CouplingGradient | None:
-        """A cheaper way to this many gradients of the coupling, as the code step sees it; ``None`` if there is none."""
-        if self._live_in_code_step:
-            return None
-        return self.engine.repeated_coupling(base, state, target_move, gradients)
-
-    def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        """The stage at ``x``, or at ``x + move``, as the weight step sees it."""
-        return self.engine.live(x, state, move)
-
-    def __repr__(self) -> str:
-        return f"Stage({self.name!r}, {_describe(self.modules)}, engine={self.engine.kind!r})"
-
-
-@dataclass
-class Encoding:
-    """What the encode phase leaves behind: the codes, the network's output, and each stage's batch state."""
-
-    codes: list[Tensor]
-    output: Tensor
-    states: list[BatchState]
-
-
-@dataclass
-class StageData:
-    """What a batch holds of one stage, for its weight problem.
-
-    Attributes:
-        state: What encode fixed in the stage.
-        forward_input: Its input as encode found it.
-        input_move: How far the input has moved; ``None`` if it has not, or is to be read as it was.
-        forward_output: Its code, or the network's output, as encode found it.
-        move: Move of its code; ``None`` for the output stage.
-        signal: The share of a plain step that reached its code; see `WeightProblem`.
-        margins: How its code is judged; see `WeightProblem`.
-    """
-
-    state: BatchState
-    forward_input: Tensor
-    input_move: Tensor | None
-    forward_output: Tensor
-    move: Tensor | None
-    signal: Tensor | None
-    margins: MarginLoss | None = None
 
 
 class CodedNetwork:
@@ -305,7 +190,7 @@ class CodedNetwork:
         for stage, shape in zip(self.stages, shapes, strict=True):
             count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
             code = f"{shape} (output)" if stage.is_output else shape
-            rows.append((stage.name, _describe(stage.modules), code, f"{count:,}", stage.engine.kind))
+            rows.append((stage.name, stage.description, code, f"{count:,}", stage.engine.kind))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
         together: dict[str, list[str]] = {}
@@ -449,16 +334,3 @@ def _is_layer(module: nn.Module) -> bool:
     if isinstance(module, (*_NORMALIZATION, *_PARAMETRIC_TRANSFER)):
         return False
     return any(True for _ in module.parameters())
-
-
-def _describe(modules: Sequence[nn.Module]) -> str:
-    return "-".join(_label(module) for module in modules)
-
-
-def _label(module: nn.Module) -> str:
-    """``Linear(784, 100)``: the type with the sizes that tell layers apart; ``[conv1-add]`` for what is traced."""
-    if isinstance(module, TracedBlock):
-        return f"[{module.label}]" if "-" in module.label else module.label
-    names = (n for n in inspect.signature(type(module)).parameters if n.startswith(("in_", "out_", "num_", "kernel")))
-    sizes = [str(value) for n in names if isinstance(value := getattr(module, n, None), int | tuple)]
-    return f"{type(module).__name__}({', '.join(sizes)})" if sizes else type(module).__name__

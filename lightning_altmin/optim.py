@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_altmin.network import Stage
+from lightning_altmin.stage import Stage
 
 
 class _ChildrenState(MutableMapping[Tensor, Any]):

@@ -15,8 +15,9 @@ from lightning_altmin.engines import ENGINES, BatchState, Rule, StageEngine, Sta
 from lightning_altmin.engines.autograd import AutogradMap
 from lightning_altmin.engines.chain import Chain
 from lightning_altmin.engines.rule import Point
-from lightning_altmin.network import CodedNetwork, Encoding, Stage, StageData
+from lightning_altmin.network import CodedNetwork
 from lightning_altmin.nn.elman import ElmanRNN, StepInput
+from lightning_altmin.stage import Encoding, Stage, StageData
 
 if TYPE_CHECKING:
     from lightning_altmin.step import Step
@@ -120,12 +121,12 @@ class CodedRecurrentNetwork(CodedNetwork):
     def __init__(self, network: ElmanRNN, engine: str = "auto") -> None:
         self.network: ElmanRNN = network
         self._reasons = {}
-        self._named = False
         output = Stage("head", [network.activation], [network.head], is_output=True, engine=engine)
         self.stages = [RecurrentStage(network, engine), output]
         self._refuse_unusable()
 
     one_code_per_stage = False
+    split_found = False  # it is the network's own steps
 
     def makers(self, codes: int | None = None) -> list[int]:
         return [0] * (2 if codes is None else codes) + [1]  # two steps have every pair of stages that meet

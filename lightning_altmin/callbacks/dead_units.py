@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_altmin.network import Stage
+from lightning_altmin.stage import Stage
 
 _ELEMENTWISE = (
     nn.ReLU,

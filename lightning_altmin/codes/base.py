@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_altmin.engines import BatchState, CouplingGradient, StageMap
 from lightning_altmin.losses import LocalLoss, LossAt
 from lightning_altmin.margins import MarginLoss
-from lightning_altmin.network import Stage
 from lightning_altmin.nn.staircase import Staircase
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.stage import Stage
 
 
 @dataclass

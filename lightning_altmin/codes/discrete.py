@@ -13,9 +13,9 @@ from lightning_altmin.codes.curvature import CurvatureCodes
 from lightning_altmin.engines import StageEngine, has_closed_form, stage_engine
 from lightning_altmin.losses import CallableLoss, LocalLoss
 from lightning_altmin.margins import MarginLoss
-from lightning_altmin.network import Stage
 from lightning_altmin.nn.staircase import Staircase
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.stage import Stage
 
 _BETWEEN = (nn.Flatten, nn.Unflatten, nn.Identity)  # what may stand between the staircase and its layer
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 from lightning_altmin.codes.elementwise import INVERTIBLE, activation_move, is_invertible
-from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.stage import Stage
 
 _RESHAPES = (nn.Flatten, nn.Identity)  # Identity is both: an activation that need not be inverted
 

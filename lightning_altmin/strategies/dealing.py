@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_altmin.network import Stage
+from lightning_altmin.stage import Stage
 
 if TYPE_CHECKING:
     from lightning_altmin.altmin import AltMin

@@ -16,8 +16,8 @@ from lightning_altmin.altmin import AltMin
 from lightning_altmin.engines import Gradients
 from lightning_altmin.guard import Buffers, is_bad
 from lightning_altmin.losses import LossAt
-from lightning_altmin.network import Stage
 from lightning_altmin.optim import clear_gradients, equal_groups_merged
+from lightning_altmin.stage import Stage
 from lightning_altmin.step import Step
 from lightning_altmin.strategies.agreement import Signature, refuse_differences
 from lightning_altmin.strategies.border import Border

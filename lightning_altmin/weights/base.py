@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from lightning_altmin.engines import BatchState, Gradients, StageMap
 from lightning_altmin.losses import LossAt
 from lightning_altmin.margins import MarginLoss
-from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.processes import Processes
+from lightning_altmin.stage import Stage
 
 Inputs = Literal["moved", "forward"]
 """Which codes are the inputs of the weight step: moved by the code step (the paper), or the forward ones."""

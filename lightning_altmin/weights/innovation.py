@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_altmin.network import Stage
+from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.diagonal_statistics import DiagonalStatistics
 from lightning_altmin.weights.layer_statistics import LayerStatistics

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.engines import Gradients
-from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import LayerwiseOptimizer
+from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 from lightning_altmin.weights.local_gradient import DEFAULT
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_altmin.engines import Gradients
-from lightning_altmin.network import Stage
+from lightning_altmin.stage import Stage
 
 _CHUNK = 2**23  # entries of a convolution's unfolded input that are held at once
 

@@ -10,8 +10,8 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_altmin.engines import Gradients
-from lightning_altmin.network import Stage
 from lightning_altmin.optim import LayerwiseOptimizer
+from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 
 # The union says nothing new to a type checker. It keeps jsonargparse, which reads YAML by this annotation, from taking

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.engines import Gradients
-from lightning_altmin.network import Stage
 from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.processes import Processes
+from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 from lightning_altmin.weights.innovation import InnovationForm, Positions
 from lightning_altmin.weights.least_squares_layer import least_squares_layer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_altmin.network import Stage
+from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
 from lightning_altmin.weights.statistics import Statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_altmin.engines import Gradients
-from lightning_altmin.network import Stage
 from lightning_altmin.objective import AltMinObjective
+from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.local_gradient import LocalGradient, OptimizerFactory
 
 
-class _Proximal(Optimizer):
+class _Proximal(Optimizer, ABC):
     """A step of the optimizer this is mixed into, and then the proximal operator of ``lambda_w ||W||_1``."""
 
     @torch.no_grad()
@@ -32,9 +33,9 @@ class _Proximal(Optimizer):
                     parameter.copy_(shrunk.mul_(parameter.sign()))
         return loss
 
+    @abstractmethod
     def _rate(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | float:
         """Of the step that was made, for each entry."""
-        raise NotImplementedError
 
 
 class ProximalSGD(_Proximal, SGD):

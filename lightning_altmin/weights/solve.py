@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_altmin.losses import CrossEntropy
-from lightning_altmin.network import Stage
+from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.bcd import bcd
 from lightning_altmin.weights.layer_statistics import LayerStatistics

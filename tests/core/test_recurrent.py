@@ -239,7 +239,11 @@ def test_shorter_batches_follow_longer_ones() -> None:
     """Catches a number of steps that is fixed by the first batch."""
     core = AltMin(net(), nn.CrossEntropyLoss())
     for time in (5, 2, 1, 7):
-        core.step(torch.randn(4, time, 3, dtype=F64), batch()[1])
+        x, y = torch.randn(4, time, 3, dtype=F64), batch()[1]
+        before = core.network(x).detach()
+        step = core.step(x, y)
+        assert len(step.codes) == time
+        torch.testing.assert_close(step.output, before, rtol=1e-12, atol=1e-12)
 
 
 def test_a_copy_has_weights_of_its_own() -> None:

@@ -92,7 +92,8 @@ def test_equals_one_process_in_single_precision(kind: str) -> None:
     expected = train(model(kind, torch.float32, weights=weights), data)
     # Small moves pass through a residual block by a difference, which has half the digits.
     compare([_weights(state) for state in found], _weights(expected), 1e-4 if kind == "residual" else 1e-6)
-    compare(found, expected, 1e-4)  # curvatures are ratios of sums of small squares
+    # Curvatures are ratios of sums of squares, whose last digits depend on the order of the samples.
+    compare(found, expected, 1e-4 if kind == "residual" else 1e-5)
 
 
 def _weights(state: State) -> State:

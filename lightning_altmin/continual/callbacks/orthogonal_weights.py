@@ -13,9 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.altmin import AltMin
 from lightning_altmin.continual.callbacks.penalty import Tensors
-from lightning_altmin.continual.callbacks.stream_access import evaluating, inputs_and_labels, stream_data
+from lightning_altmin.continual.callbacks.stream_access import (
+    evaluating,
+    inputs_and_labels,
+    refuse_several_weight_steps,
+    stream_data,
+)
 from lightning_altmin.continual.task import Task
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
 from lightning_altmin.weights.ridge import damped_inverse
@@ -75,12 +79,7 @@ class OrthogonalWeights(Callback):
         if stage != "fit":
             return
         stream_data(trainer, self)
-        core = getattr(pl_module, "core", None)
-        if isinstance(core, AltMin) and core.weights.steps > 1:
-            raise MisconfigurationException(
-                f"OrthogonalWeights edits gradients once per batch, but weights.steps={core.weights.steps} takes "
-                "several weight steps: use weights with steps=1"
-            )
+        refuse_several_weight_steps(pl_module, self)
         self._protected(pl_module)
         self.moments, self.tasks, self._projections = {}, 0, {}
 

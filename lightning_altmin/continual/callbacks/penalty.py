@@ -6,13 +6,11 @@ import math
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.altmin import AltMin
-from lightning_altmin.continual.callbacks.stream_access import stream_data
+from lightning_altmin.continual.callbacks.stream_access import refuse_several_weight_steps, stream_data
 
 Tensors = dict[str, Tensor]
 
@@ -47,12 +45,7 @@ class QuadraticPenalty(Callback):
         if stage != "fit":
             return
         stream_data(trainer, self)
-        core = getattr(pl_module, "core", None)
-        if isinstance(core, AltMin) and core.weights.steps > 1:
-            raise MisconfigurationException(
-                f"{type(self).__name__} edits gradients once per batch, but weights.steps={core.weights.steps} takes "
-                "several weight steps: use weights with steps=1"
-            )
+        refuse_several_weight_steps(pl_module, self)
         self.importance, self.anchor = {}, {}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_altmin.altmin import AltMin
 from lightning_altmin.continual.data_module import StreamDataModule, TaskStreamDataModule
 from lightning_altmin.trainer_progress import TrainerProgress
 
@@ -41,6 +42,20 @@ def task_stream_data(trainer: Trainer, callback: Callback) -> TaskStreamDataModu
             f"{type(callback).__name__} needs tasks with epochs: TaskStreamDataModule, got {type(data).__name__}"
         )
     return data
+
+
+def refuse_several_weight_steps(pl_module: LightningModule, callback: Callback) -> None:
+    """For a callback that edits the gradients of a batch.
+
+    Raises:
+        MisconfigurationException: If the module takes several weight steps per batch.
+    """
+    core = getattr(pl_module, "core", None)
+    if isinstance(core, AltMin) and core.weights.steps > 1:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} edits gradients once per batch, but weights.steps={core.weights.steps} takes "
+            "several weight steps: use weights with steps=1"
+        )
 
 
 def inputs_and_labels(pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
