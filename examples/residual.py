@@ -5,10 +5,12 @@
     python examples/residual.py memory
     python examples/residual.py table
 
-The network is torchvision's ResNet-18 with a 3x3 stem of stride 1 (its max-pool stays) and ``WIDTH`` channels in the
-first stage in place of 64, so that two CPU cores can carry it. `tune` holds out 5,000 training images and tries
-each rate for one epoch of backprop; AltMin gets backprop's rate untuned. `final` trains on the other images for
-``EPOCHS`` epochs and asks the test set once, at the end. A row is written after every epoch, with a checkpoint beside
+    python examples/residual.py final  --root cifar10 --width 64 --epochs 10 --accelerator gpu --results gpu.csv
+
+The network is torchvision's ResNet-18 with a 3x3 stem of stride 1 (its max-pool stays) and ``--width`` channels in the
+first stage: 64 is the original, 8 is what two CPU cores can carry. `tune` holds out 5,000 training images and tries
+each rate for one epoch with each method. `final` trains on the other images for ``--epochs`` epochs, each method at
+its best rate, and asks the test set once, at the end. A row is written after every epoch, with a checkpoint beside
 it: a command that was interrupted, or ended after ``--minutes``, goes on where it stopped. `memory` measures the peak
 of one step at several batch sizes.
 """
@@ -18,13 +20,14 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,8 @@ from lightning_altmin import AltMin, AltMinModule, BackpropModule, CodedNetwork,
 from lightning_altmin.data import ImageFolderDataModule
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-WIDTH, BATCH, EPOCHS = 8, 128, 3
-RATES = (0.002, 0.004, 0.008)
+BATCH = 128
+RATES = (0.001, 0.002, 0.004, 0.008)
 METHODS = ("backprop", "AltMin", "AltMin, live BatchNorm")
 
 
@@ -79,9 +82,10 @@ def _stage(channels: int, out: int, stride: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Row:
-    """One epoch of one run."""
+    """One epoch of one run, or, with the phase "test", its end."""
 
     phase: str
+    width: int
     method: str
     lr: float
     seed: int
@@ -114,8 +118,8 @@ class Rows(Callback):
             trainer.should_stop = True
 
 
-def build(method: str, lr: float, steps: int) -> AltMinModule | BackpropModule:
-    network = ResNet18(WIDTH)
+def build(width: int, method: str, lr: float, steps: int) -> AltMinModule | BackpropModule:
+    network = ResNet18(width)
     optimizer = functools.partial(torch.optim.Adam, lr=lr, fused=True)
     schedule: dict[str, Any] = {
         "lr_scheduler": functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
@@ -127,21 +131,28 @@ def build(method: str, lr: float, steps: int) -> AltMinModule | BackpropModule:
     return AltMinModule(coded, weights=LocalGradient(optimizer), **schedule)
 
 
+@functools.cache
+def images(root: str) -> ImageFolderDataModule:
+    """All images, decoded once for all runs of this process."""
+    data = ImageFolderDataModule(root, batch_size=BATCH, val_split=5000)
+    data.setup()
+    return data
+
+
 def train(phase: str, method: str, lr: float, seed: int, arguments: argparse.Namespace) -> None:
     """One run, from its checkpoint if there is one."""
-    epochs = 1 if phase == "tune" else EPOCHS
-    run = {"phase": phase, "method": method, "lr": lr, "seed": seed, "epochs": epochs}
-    key = tuple(run.values())
-    done = [row for row in read(arguments.results, Row) if (row.phase, row.method, row.lr, row.seed, row.epochs) == key]
-    if any(row.epoch == epochs for row in done):
+    epochs = 1 if phase == "tune" else arguments.epochs
+    key = (phase, arguments.width, method, lr, seed, epochs)
+    run = dict(zip(("phase", "width", "method", "lr", "seed", "epochs"), key, strict=True))
+    if any(_key(row) == key and row.epoch == epochs for row in read(arguments.results, Row)):
         return
+    data = images(arguments.root)
     seed_everything(seed, verbose=False)
-    data = ImageFolderDataModule(arguments.root, batch_size=BATCH, val_split=5000)
-    data.setup("fit")
-    module = build(method, lr, epochs * len(data.train_dataloader()))
+    module = build(arguments.width, method, lr, epochs * len(data.train_dataloader()))
     folder = arguments.checkpoints / "-".join(map(str, key)).replace(", ", "_").replace(" ", "_")
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=arguments.accelerator,
+        devices=1,
         max_epochs=epochs,
         num_sanity_val_steps=0,
         callbacks=[
@@ -156,25 +167,21 @@ def train(phase: str, method: str, lr: float, seed: int, arguments: argparse.Nam
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
     if trainer.current_epoch >= epochs and phase == "final":
         result = trainer.test(module, datamodule=data, verbose=False)[0]
-        rows = read(arguments.results, Row)
-        chosen = next(i for i, row in enumerate(rows) if _key(row) == key and row.epoch == epochs)
-        rows[chosen] = Row(**(asdict(rows[chosen]) | {"test_accuracy": f"{result['test_acc']:.4f}"}))
-        whole = arguments.results.with_suffix(".whole")
-        append(whole, rows)
-        whole.replace(arguments.results)
+        last_row = next(row for row in read(arguments.results, Row) if _key(row) == key and row.epoch == epochs)
+        append(arguments.results, [replace(last_row, phase="test", test_accuracy=f"{result['test_acc']:.4f}")])
     if time.monotonic() > arguments.deadline:
         raise SystemExit("time is up; run the command again to go on")
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    return (row.phase, row.method, row.lr, row.seed, row.epochs)
+    return (row.phase, row.width, row.method, row.lr, row.seed, row.epochs)
 
 
-def best_rate(path: Path) -> float:
-    tuned = [row for row in read(path, Row) if row.phase == "tune"]
-    if not tuned:
-        raise SystemExit("no tuning runs: run `tune` first")
-    return max(tuned, key=lambda row: row.val_accuracy).lr
+def best_rate(path: Path, width: int, method: str) -> float:
+    found = [row for row in read(path, Row) if (row.phase, row.width, row.method) == ("tune", width, method)]
+    if not found:
+        raise SystemExit(f"no tuning runs of {method} at width {width}: run `tune` first")
+    return max(found, key=lambda row: row.val_accuracy).lr
 
 
 # ---------------------------------------------------------------- memory
@@ -216,17 +223,21 @@ def memory() -> None:
 
 
 def table(path: Path) -> str:
-    lines = ["| method | rate | seeds | test accuracy % | seconds per epoch |", "| --- | --- | --- | --- | --- |"]
-    final = [row for row in read(path, Row) if row.phase == "final" and row.test_accuracy]
-    for method in METHODS:
-        rows = [row for row in final if row.method == method]
+    lines = [
+        "| width | epochs | method | rate | seeds | test accuracy % | seconds per epoch |",
+        "|" + " --- |" * 7,
+    ]
+    ends = [row for row in read(path, Row) if row.phase == "test"]
+    for width, epochs, method in itertools.product(
+        sorted({row.width for row in ends}), sorted({row.epochs for row in ends}), METHODS
+    ):
+        rows = [row for row in ends if (row.width, row.epochs, row.method) == (width, epochs, method)]
         if rows:
             accuracy = [100 * float(row.test_accuracy) for row in rows]
             spread = f" ± {statistics.stdev(accuracy):.1f}" if len(rows) > 1 else ""
             pace = statistics.median(row.seconds for row in rows)
-            lines.append(
-                f"| {method} | {rows[0].lr} | {len(rows)} | {statistics.mean(accuracy):.1f}{spread} | {pace:.0f} |"
-            )
+            cells = (width, epochs, method, rows[0].lr, len(rows), f"{statistics.mean(accuracy):.1f}{spread}", f"{pace:.1f}")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -235,6 +246,10 @@ def main() -> None:
     parser.add_argument("command", choices=("tune", "final", "memory", "table", "step"))
     parser.add_argument("--root", default="cifar10", help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--width", type=int, default=8, help="channels of the first stage")
+    parser.add_argument("--epochs", type=int, default=3, help="of a final run")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--minutes", type=float, default=1e9, help="stop at the end of the epoch after so long")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
@@ -251,12 +266,13 @@ def main() -> None:
     elif arguments.command == "table":
         print(table(arguments.results))
     elif arguments.command == "tune":
-        for lr in RATES:
-            train("tune", "backprop", lr, 100, arguments)
+        for lr, method in itertools.product(arguments.rates, arguments.methods):
+            train("tune", method, lr, 100, arguments)
     else:
         for seed in arguments.seeds:
             for method in arguments.methods:
-                train("final", method, best_rate(arguments.results), seed, arguments)
+                rate = best_rate(arguments.results, arguments.width, method)
+                train("final", method, rate, seed, arguments)
 
 
 if __name__ == "__main__":

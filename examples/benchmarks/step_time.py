@@ -4,6 +4,7 @@
     python examples/benchmarks/step_time.py --nets "MLP 2x100" --threads 1 2
     python examples/benchmarks/step_time.py --nets VGG-like --seconds 0.1 --rounds 3 --methods "1 code step"
     python examples/benchmarks/step_time.py --profile LeNet --methods "1 code step"
+    python examples/benchmarks/step_time.py --device cuda --levels core --json docs/results/step_time_cuda.json
 
 Every method trains the same network on the same batches with fused Adam, through the raw core ("core") or the Trainer
 ("trainer"). Runs of the methods alternate; a ratio is the median over rounds of a method's time divided by that of
@@ -64,7 +65,7 @@ class Method:
     """How a network is trained; ``codes`` makes the code solver, ``None`` is backprop."""
 
     codes: Callable[[], Any] | None = None
-    compile: bool = False
+    compile: bool | str = False
     engine: str = "auto"
 
     @property
@@ -85,6 +86,8 @@ class Method:
             core = AltMin(coded, loss, codes=self.codes(), weights=LocalGradient(adam), compile=self.compile)
             return functools.partial(core.step, keep_codes=False)
         optimizer = adam(network.parameters())
+        if self.compile:
+            network.compile(mode=self.compile if isinstance(self.compile, str) else None)
 
         def backprop(x: Tensor, y: Tensor) -> None:
             optimizer.zero_grad()
@@ -97,17 +100,30 @@ class Method:
 five = functools.partial(CurvatureCodes, steps=5)
 METHODS = {
     "backprop": Method(),
+    "backprop, compiled": Method(compile=True),
+    "backprop, CUDA graphs": Method(compile="reduce-overhead"),
     "1 code step": Method(CurvatureCodes),
     "1 code step, compiled": Method(CurvatureCodes, compile=True),
+    "1 code step, CUDA graphs": Method(CurvatureCodes, compile="reduce-overhead"),
     "1 code step, fixed rate": Method(functools.partial(GradientCodes, 1, 0.1)),
     "5 code steps": Method(five),
     "5 code steps, compiled": Method(five, compile=True),
+    "5 code steps, CUDA graphs": Method(five, compile="reduce-overhead"),
     "5 code steps, autograd engine": Method(five, engine="autograd"),
 }
 
 
-def batches(shape: tuple[int, ...], count: int) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(count)]
+CORE_ONLY = ("backprop, compiled", "backprop, CUDA graphs", "5 code steps, autograd engine")
+
+
+def batches(shape: tuple[int, ...], count: int, device: str) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(shape, device=device), torch.randint(10, shape[:1], device=device)) for _ in range(count)]
+
+
+def wait(device: str) -> None:
+    """Until all that was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class Repeated:
@@ -126,39 +142,46 @@ class Repeated:
 class Clock(Callback):
     """Seconds from the first batch of an epoch to its end."""
 
+    def __init__(self, device: str) -> None:
+        self._device = device
+
     def on_train_epoch_start(self, *_: Any) -> None:
+        wait(self._device)
         self.seconds = -time.perf_counter()
 
     def on_train_epoch_end(self, *_: Any) -> None:
+        wait(self._device)
         self.seconds += time.perf_counter()
 
 
-def core_runner(method: Method, net: str, precision: str) -> Callable[[int], float]:
+def core_runner(method: Method, net: str, precision: str, device: str) -> Callable[[int], float]:
     """A function that trains for n steps and returns milliseconds per step."""
     make, shape = NETS[net]
-    step, data = method.step(make()), batches(shape, 8)
+    step, data = method.step(make().to(device)), batches(shape, 8, device)
 
     def run(count: int) -> float:
+        wait(device)
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             for index in range(count):
                 step(*data[index % len(data)])
+        wait(device)
         return 1e3 * (time.perf_counter() - start) / count
 
     return run
 
 
-def trainer_runner(method: Method, net: str, precision: str) -> Callable[[int], float]:
+def trainer_runner(method: Method, net: str, precision: str, device: str) -> Callable[[int], float]:
     """The same through the Trainer, on one module whose compiled function is kept from run to run."""
     make, shape = NETS[net]
-    module, data = method.module(make()), batches(shape, 8)
+    module, data = method.module(make()), batches(shape, 8, device)
     flags: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
     def run(count: int) -> float:
-        clock = Clock()
+        clock = Clock(device)
         plugin = "bf16-mixed" if precision == "bf16" else "32-true"
         trainer = Trainer(
-            accelerator="cpu", max_epochs=1, precision=plugin, enable_model_summary=False, callbacks=[clock], **flags
+            accelerator=device, devices=1, max_epochs=1, precision=plugin, enable_model_summary=False, callbacks=[clock], **flags
         )
         trainer.fit(module, Repeated(data, count))
         return 1e3 * clock.seconds / count
@@ -188,11 +211,11 @@ def compare(runners: dict[str, Callable[[int], float]], seconds: float, rounds: 
     return results
 
 
-def costs(method: Method, net: str) -> dict[str, float]:
+def costs(method: Method, net: str, device: str) -> dict[str, float]:
     """Peak memory in MB and multiply-adds in millions of one step; eager methods only."""
     make, shape = NETS[net]
-    network = make()
-    step, (batch,) = method.step(network), batches(shape, 1)
+    network = make().to(device)
+    step, (batch,) = method.step(network), batches(shape, 1, device)
     for _ in range(7):  # past the first batches, which all measure
         step(*batch)
     for parameter in network.parameters():
@@ -204,28 +227,33 @@ def costs(method: Method, net: str) -> dict[str, float]:
     return {"peak_mb": memory.peak / 1e6, "million_multiply_adds": counter.get_total_flops() / 2e6}
 
 
-def gemm_rate() -> float:
+def gemm_rate(device: str) -> float:
     """Multiply-adds per second of a large matrix product in single precision."""
-    a = torch.randn(1500, 1500)
+    size = 1500 if device == "cpu" else 8192
+    a = torch.randn(size, size, device=device)
     best = float("inf")
     for _ in range(10):
+        wait(device)
         start = time.perf_counter()
         a @ a
+        wait(device)
         best = min(best, time.perf_counter() - start)
-    return 1500**3 / best
+    return size**3 / best
 
 
 def measure(
-    net: str, threads: int, precision: str, methods: list[str], levels: list[str], seconds: float, rounds: int
+    net: str, threads: int, precision: str, methods: list[str], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
-    rate, rows = gemm_rate(), []
+    device = arguments.device
+    rate, rows = gemm_rate(device), []
     chosen = {n: METHODS[n] for n in methods if precision == "fp32" or "autograd" not in n}
-    cost = {name: costs(method, net) for name, method in chosen.items() if method.counted and precision == "fp32"}
-    for level in levels:
+    cost = {n: costs(method, net, device) for n, method in chosen.items() if method.counted and precision == "fp32"}
+    for level in arguments.levels:
         runner = {"core": core_runner, "trainer": trainer_runner}[level]
-        taken = {n: m for n, m in chosen.items() if level == "core" or "autograd" not in n}
-        times = compare({n: runner(m, net, precision) for n, m in taken.items()}, seconds, rounds)
+        taken = {n: m for n, m in chosen.items() if level == "core" or n not in CORE_ONLY}
+        runners = {n: runner(m, net, precision, device) for n, m in taken.items()}
+        times = compare(runners, arguments.seconds, arguments.rounds)
         for name, result in times.items():
             row = {"net": net, "level": level, "threads": threads, "precision": precision, "method": name, **result}
             row |= cost.get(name, {})
@@ -242,22 +270,22 @@ def measure(
     return rows
 
 
-def renew_costs(rows: list[dict[str, Any]]) -> None:
+def renew_costs(rows: list[dict[str, Any]], device: str) -> None:
     """Memory and multiply-adds of rows timed before, which noise does not touch."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         key = row["net"], row["method"]
         if "peak_mb" in row:
-            found[key] = found.get(key) or costs(METHODS[row["method"]], row["net"])
+            found[key] = found.get(key) or costs(METHODS[row["method"]], row["net"], device)
             row |= found[key]
 
 
-def profile(net: str, methods: list[str]) -> None:
+def profile(net: str, methods: list[str], device: str) -> None:
     """Where the time of a step goes, and which tensors there are at its peak of memory."""
     make, shape = NETS[net]
-    (batch,) = batches(shape, 1)
+    (batch,) = batches(shape, 1, device)
     for name in methods:
-        network = make()
+        network = make().to(device)
         step = METHODS[name].step(network)
         for _ in range(10):
             step(*batch)
@@ -291,7 +319,8 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=list(NETS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="beside backprop")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="beside backprop; all that make sense")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--levels", nargs="+", choices=("core", "trainer"), default=["core", "trainer"])
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one timed run, of one step at least")
     parser.add_argument("--rounds", type=int, default=7)
@@ -303,17 +332,19 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    methods = list(dict.fromkeys(["backprop", *arguments.methods]))
+    torch.set_float32_matmul_precision("high")  # where a device has TF32, every method uses it
+    default = [name for name in METHODS if arguments.device == "cuda" or "CUDA" not in name]
+    methods = list(dict.fromkeys(["backprop", *(arguments.methods or default)]))
     if arguments.profile:
-        profile(arguments.profile, methods)
+        profile(arguments.profile, methods, arguments.device)
         return
     rows = read(arguments.json)
     if arguments.costs:
-        renew_costs(rows)
+        renew_costs(rows, arguments.device)
         write(arguments.json, rows)
     elif not arguments.table:
         for threads, precision, net in itertools.product(arguments.threads, arguments.precision, arguments.nets):
-            new = measure(net, threads, precision, methods, arguments.levels, arguments.seconds, arguments.rounds)
+            new = measure(net, threads, precision, methods, arguments)
             keys = {tuple(row[key] for key in KEY) for row in new}
             rows = [row for row in rows if tuple(row[key] for key in KEY) not in keys] + new
             write(arguments.json, rows)
@@ -322,7 +353,8 @@ def main() -> None:
 
 def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
     if path is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        machine = {"processor": gpu or platform.processor() or platform.machine(), "torch": torch.__version__}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 

@@ -23,7 +23,11 @@ HEADER = (
     "accuracy, 1 epoch",
     "accuracy, tuned",
 )
-_SAME = {"1 code step, compiled": "1 code step", "5 code steps, compiled": "5 code steps"}
+_SAME = {
+    f"{method}, {how}": method
+    for method in ("backprop", "1 code step", "5 code steps")
+    for how in ("compiled", "CUDA graphs")
+}
 """Methods that compute the same as another."""
 _TUNED = {"backprop": "backprop", "1 code step": "AltMin"}
 """Methods as accuracy.csv calls them."""
