@@ -87,12 +87,15 @@ class AltMin(nn.Module):
         self.weights.check(self.coded.stages, self.objective)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self.codes.prepare(self.coded.depth)
+        self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple: not registered twice
+        if not self._probe[0].is_meta:  # a network that is on its device already; without data, values would be lost
+            for part in (self.objective, self.codes, self.weights):
+                part.to(self._probe[0].device)
         self._nonfinite: Policy = nonfinite
         self._guard: Guard = guard_for(torch.device("cpu"), nonfinite)
         self._guarded = "cpu"
         self._norms = batch_norms([self.network])
         self._buffer_owners = buffer_owners(self.network, self.codes, self.weights)
-        self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple: not registered twice
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
         self._split_verified = not self.coded.split_found

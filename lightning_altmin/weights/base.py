@@ -111,7 +111,8 @@ class WeightProblem:
         stage, output_gradient = self.live, self.output_gradient
         if self.passing:
             for name in ("state", "forward_input", "forward_output", "input_move", "move", "loss"):
-                self.__dict__.pop(name, None)
+                if hasattr(self, name):
+                    delattr(self, name)
             self._live = self._output_gradient = None
         return stage.parameter_gradients(output_gradient)
 
