@@ -58,10 +58,12 @@ class Record(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds, sweep = time.perf_counter() - self.started, trainer.current_epoch + 1
         measured = sweep % OBJECTIVE_EVERY == 0
         batches = list(self.data.test_dataloader())
-        right = sum(int((module(x).argmax(1) == y).sum()) for x, y in batches)
+        right = sum(int((module(x.to(module.device)).argmax(1).cpu() == y).sum()) for x, y in batches)
         row = self.facts | {
             "sweep": sweep,
             "accuracy": round(right / sum(len(y) for _, y in batches), 4),
@@ -101,7 +103,8 @@ def run(arguments: argparse.Namespace, seed: int, end: float) -> None:
     )
     module = BCDModule(small_weights(MLP(784, [width] * 3, 10)))
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=arguments.accelerator,
+        devices=1,
         max_epochs=sweeps,
         log_every_n_steps=OBJECTIVE_EVERY,
         limit_val_batches=0,
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--state", type=Path, help="folder to keep the variables in, so that a run can go on")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
+    parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the results and run nothing")
