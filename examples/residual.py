@@ -236,7 +236,15 @@ def table(path: Path) -> str:
             accuracy = [100 * float(row.test_accuracy) for row in rows]
             spread = f" ± {statistics.stdev(accuracy):.1f}" if len(rows) > 1 else ""
             pace = statistics.median(row.seconds for row in rows)
-            cells = (width, epochs, method, rows[0].lr, len(rows), f"{statistics.mean(accuracy):.1f}{spread}", f"{pace:.1f}")
+            cells = (
+                width,
+                epochs,
+                method,
+                rows[0].lr,
+                len(rows),
+                f"{statistics.mean(accuracy):.1f}{spread}",
+                f"{pace:.1f}",
+            )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

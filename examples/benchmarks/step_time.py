@@ -181,7 +181,13 @@ def trainer_runner(method: Method, net: str, precision: str, device: str) -> Cal
         clock = Clock(device)
         plugin = "bf16-mixed" if precision == "bf16" else "32-true"
         trainer = Trainer(
-            accelerator=device, devices=1, max_epochs=1, precision=plugin, enable_model_summary=False, callbacks=[clock], **flags
+            accelerator=device,
+            devices=1,
+            max_epochs=1,
+            precision=plugin,
+            enable_model_summary=False,
+            callbacks=[clock],
+            **flags,
         )
         trainer.fit(module, Repeated(data, count))
         return 1e3 * clock.seconds / count

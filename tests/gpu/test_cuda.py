@@ -57,12 +57,11 @@ def trained(core: AltMin, data: list[tuple[Tensor, Tensor]], device: torch.devic
     return {name: value.cpu() for name, value in core.network.state_dict().items()}
 
 
-def core_of(kind: str, dtype: torch.dtype, weights: str = "adam", **settings: Any) -> AltMin:
+def core_of(kind: str, dtype: torch.dtype, weights: str | LocalGradient = "adam", **settings: Any) -> AltMin:
     torch.manual_seed(0)
     net = NETWORKS[kind][0]().to(dtype)
-    return AltMin(
-        net, nn.CrossEntropyLoss(), **{"codes": CurvatureCodes(every=2), "weights": WEIGHTS[weights]()} | settings
-    )
+    solver = WEIGHTS[weights]() if isinstance(weights, str) else weights
+    return AltMin(net, nn.CrossEntropyLoss(), codes=CurvatureCodes(every=2), weights=solver, **settings)
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -121,8 +120,13 @@ def test_compiled_and_cuda_graphs_equal_eager(kind: str, mode: bool | str) -> No
     """Catches a graph that reads a batch, a rate or a curvature of the time it was recorded."""
     torch._dynamo.reset()
     data = batches(NETWORKS[kind][1], 12)
-    expected = trained(core_of(kind, torch.float32), data, DEVICE)
-    assert_near(trained(core_of(kind, torch.float32, compile=mode), data, DEVICE), expected, 1e-4)
+
+    def run(compile: bool | str) -> dict[str, Tensor]:
+        # Not Adam: the gradient of a bias before BatchNorm is zero but for rounding, which Adam would make a full step.
+        solver = LocalGradient(lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+        return trained(core_of(kind, torch.float32, compile=compile, weights=solver), data, DEVICE)
+
+    assert_near(run(mode), run(False), 1e-4)
 
 
 def test_memory_is_freed_where_codes_are_not_kept() -> None:
