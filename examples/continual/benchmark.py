@@ -154,27 +154,31 @@ def tune(suite: str, methods: list[str], root: str, out: Path, share: float) -> 
 
 
 def measure(suite: str, methods: list[str], seeds: int, root: str, out: Path, tuning: Path) -> None:
-    """A row for each seed, with the settings that were chosen."""
+    """A row for each seed, with the settings that were chosen; rows of other settings stay, for the tables to pass over."""
     for seed in range(seeds):
-        missing = [m for m in methods if (suite, m, str(seed)) not in done(out, "suite", "method", "seed")]
+        rows = [
+            {"suite": suite, "method": m, "settings": described(tuned(tuning, suite, m)), "seed": seed} for m in methods
+        ]
+        there = done(out, "suite", "method", "settings", "seed")
+        missing = [row for row in rows if tuple(map(str, row.values())) not in there]
         stream = SUITES[suite].stream(root, seed) if missing else None
-        for method in missing:
+        for row in missing:
             assert stream is not None
-            settings = tuned(tuning, suite, method)
-            row = {"suite": suite, "method": method, "settings": described(settings), "seed": seed}
-            write(out, row | train(made(method, suite, seed, settings), stream, seed))
+            method = str(row["method"])
+            run = made(method, suite, seed, tuned(tuning, suite, method))
+            write(out, row | train(run, stream, seed))
 
 
 def bytes_curve(root: str, seeds: int, out: Path, tuning: Path) -> None:
     """AM-mem with fewer and more filters; replay of more and fewer images on 32 filters."""
     stream = split_mnist(root)
     frozen, replayed = (tuned(tuning, "split_mnist", m) for m in ("AM-mem, frozen features", "replay 1000"))
-    for seed, size in itertools.product(range(seeds), (2, 4, 8, 16, 24, 32, 38)):
+    for seed, size in itertools.product(range(seeds), (2, 4, 8, 16, 24, 32, 38, 64)):
         name = f"AM-mem, {size} filters"
         if ("bytes", name, str(seed)) not in done(out, "suite", "method", "seed"):
             result = train(memory(conv(seed, channels=size), **frozen), stream, seed)
             write(out, {"suite": "bytes", "method": name, "seed": seed, **result})
-    for seed, size in itertools.product(range(seeds), (30, 200, 1000, 4000, 13000, 20000)):
+    for seed, size in itertools.product(range(seeds), (30, 200, 1000, 4000, 13000, 20000, 53900)):
         name = f"replay {size}"
         if ("bytes", name, str(seed)) not in done(out, "suite", "method", "seed"):
             result = train(replay(conv(seed), size=size, **replayed), stream, seed)

@@ -160,17 +160,33 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     ],
 }
 
-LOW = grid(lr=(1e-4, 3e-4, 1e-3))  # ten permutations are forgotten more slowly at low rates
+LOW = grid(lr=(1e-4, 3e-4, 1e-3, 3e-3))  # ten permutations are forgotten more slowly at low rates
+HIGH = grid(lr=(1e-3, 3e-3, 1e-2, 3e-2))  # a single layer
+WIDER = grid(lr=(0.03, 0.1, 0.2), ridge=(0.1, 0.3))
 GRIDS_OF: dict[str, dict[str, list[dict[str, float]]]] = {
     "permuted_mnist": {
         "naive SGD": grid(lr=(0.01, 0.03, 0.1)),
         "naive Adam": LOW,
         "naive AM-Adam": LOW,
-        "online EWC": grid(lr=(3e-4, 1e-3), strength=(1e2, 1e3, 1e4)),
-        "SI": grid(lr=(3e-4, 1e-3), strength=(1.0, 10.0, 100.0)),
+        "online EWC": grid(lr=(3e-4, 1e-3, 3e-3), strength=(1e1, 1e2, 1e3, 1e4)),
+        "SI": grid(lr=(3e-4, 1e-3, 3e-3), strength=(1.0, 10.0, 100.0, 1000.0)),
         "replay 200": LOW,
         "replay 1000": LOW,
         "replay, equal bytes": LOW,
+        "joint Adam": LOW,
+        "SGD, orthogonal weights": WIDER,
+        "AM-SGD, orthogonal weights": WIDER,
+        "AM-mem, frozen features": grid(ridge=(1e-4, 1e-3, 1e-2)),
+    },
+    "split_cifar10": {
+        "naive SGD": grid(lr=(0.01, 0.03, 0.1, 0.3)),
+        "online EWC": grid(lr=(1e-3, 3e-3, 1e-2), strength=(1e3, 1e5, 1e7)),
+        "SI": grid(lr=(1e-3, 3e-3), strength=(1e0, 1e2, 1e4, 1e6)),
+        "replay 200": HIGH,
+        "replay 1000": HIGH,
+        "replay, equal bytes": HIGH,
+        "joint Adam": HIGH,
+        "AM-mem, frozen features": grid(ridge=(1e-5, 1e-4, 1e-3, 1e-2)),
     },
 }
 """Where a suite's grid is another one."""

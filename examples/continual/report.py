@@ -80,6 +80,8 @@ def main() -> None:
         for row in csv.DictReader(file):
             suites[row["suite"]][row["method"]].append(row)
     for suite, methods in suites.items():
+        for method, rows in methods.items():  # tuned anew: only the latest settings count
+            methods[method] = [row for row in rows if row["settings"] == rows[-1]["settings"]]
         print(f"**{TITLES[suite]}**\n\n{table(methods)}\n")
     if arguments.figure is not None:
         figure(suites, arguments.figure)
