@@ -154,7 +154,7 @@ def tune(suite: str, methods: list[str], root: str, out: Path, share: float) -> 
 
 
 def measure(suite: str, methods: list[str], seeds: int, root: str, out: Path, tuning: Path) -> None:
-    """A row for each seed, with the settings that were chosen; rows of other settings stay, for the tables to pass over."""
+    """A row for each seed, with the settings that were chosen; rows of other settings stay, tables pass over them."""
     for seed in range(seeds):
         rows = [
             {"suite": suite, "method": m, "settings": described(tuned(tuning, suite, m)), "seed": seed} for m in methods
