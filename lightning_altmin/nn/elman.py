@@ -51,9 +51,9 @@ class ElmanRNN(nn.Module):
         out_features: Width of the output, >= 1.
         activation: A name, a class path or a class, as for `MLP`.
 
-    ``W_x`` and ``W_h`` are the parts of ``cell.weight``, shape ``(hidden, in_features + hidden)``. ``W_h`` begins as a
-    random orthogonal matrix, which neither shrinks nor stretches what it carries from step to step; the other initial
-    values are those of ``torch.nn.RNN``.
+    ``W_x`` and ``W_h`` are the parts of ``cell.weight``, shape ``(hidden, in_features + hidden)``. ``W_h`` begins as the
+    identity and ``b`` as zero, so that a unit keeps what it holds (Le, Jaitly and Hinton 2015, arXiv 1504.00941); ``W_x``
+    is uniform within ``0.3 / sqrt(hidden)``, less than that of ``torch.nn.RNN``, so that no unit saturates on its way.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -71,11 +71,10 @@ class ElmanRNN(nn.Module):
         self.step_input = StepInput(activation_class(activation)())
         self.cell = nn.Linear(in_features + hidden, hidden)
         self.head = nn.Linear(hidden, out_features)
-        bound = hidden**-0.5
         with torch.no_grad():
-            for parameter in self.cell.parameters():
-                parameter.uniform_(-bound, bound)
-            self.cell.weight[:, in_features:] = nn.init.orthogonal_(torch.empty(hidden, hidden))
+            self.cell.weight.uniform_(-0.3 * hidden**-0.5, 0.3 * hidden**-0.5)
+            self.cell.weight[:, in_features:] = torch.eye(hidden)
+            self.cell.bias.zero_()
 
     @property
     def activation(self) -> nn.Module:
