@@ -191,7 +191,7 @@ class DeferredGuard(Guard):
             bad = bad | self._bad  # steps are no-ops from the first bad batch until the error is raised
         self._bad = bad
         buffers.restore_where(bad)
-        return [(p, _zero_where(bad, g)) for p, g in gradients]
+        return [(p, _zeroed_where(bad, g, p)) for p, g in gradients]
 
     @contextmanager
     def protect(self, optimizer: Optimizer) -> Iterator[None]:
@@ -273,6 +273,12 @@ def _square_sum(gradient: Tensor) -> Tensor:
         gradient = gradient.float()  # squares of moderate halves overflow
     flat = gradient.reshape(-1)
     return flat.dot(flat)
+
+
+def _zeroed_where(bad: Tensor, gradient: Tensor, parameter: Tensor) -> Tensor:
+    """In the gradient's own memory where that is nobody else's: a copy of all gradients would be the step's peak."""
+    own = not gradient.is_sparse and gradient.is_contiguous() and gradient.data_ptr() != parameter.data_ptr()
+    return gradient.masked_fill_(bad, 0) if own else _zero_where(bad, gradient)
 
 
 def _zero_where(bad: Tensor, gradient: Tensor) -> Tensor:

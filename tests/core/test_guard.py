@@ -252,6 +252,17 @@ def test_nothing_waits_for_the_device() -> None:
         assert isinstance(guard._bad, Unread)
 
 
+def test_gradients_are_zeroed_in_their_own_memory() -> None:
+    """Catches a copy of all gradients at a step's peak, and one that spares nobody: a weight that is its gradient."""
+    weight, bias = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))
+    bad = torch.full((2, 3), float("nan"))
+    gradients: Gradients = [(weight, bad), (weight, weight.detach()), (bias, torch.ones(1).expand(3))]
+    admitted = judged(DeferredGuard("skip"), 0, gradients)
+    assert admitted[0][1] is bad
+    assert all(not g.any() for _, g in admitted)
+    assert bool((weight == 1).all()) and bool((gradients[2][1] == 1).all())
+
+
 def test_state_made_late_begins_clean(guard_type: type[Guard]) -> None:
     """Catches a layer unfrozen during training whose first batch is bad: its optimizer state begins with the next."""
     results = []
