@@ -172,11 +172,15 @@ def measure(suite: str, methods: list[str], seeds: int, root: str, out: Path, tu
 def bytes_curve(root: str, seeds: int, out: Path, tuning: Path) -> None:
     """AM-mem with fewer and more filters; replay of more and fewer images on 32 filters."""
     stream = split_mnist(root)
-    frozen, replayed = (tuned(tuning, "split_mnist", m) for m in ("AM-mem, frozen features", "replay 1000"))
-    for seed, size in itertools.product(range(seeds), (2, 4, 8, 16, 24, 32, 38, 64)):
-        name = f"AM-mem, {size} filters"
+    frozen, learnt, replayed = (
+        tuned(tuning, "split_mnist", method)
+        for method in ("AM-mem, frozen features", "AM-mem, learnt features", "replay 1000")
+    )
+    memories = [(f"AM-mem, {size} filters", size, frozen) for size in (2, 4, 8, 16, 24, 32, 38, 64)]
+    memories.append(("AM-mem, 64 learnt filters", 64, learnt))
+    for seed, (name, size, settings) in itertools.product(range(seeds), memories):
         if ("bytes", name, str(seed)) not in done(out, "suite", "method", "seed"):
-            result = train(memory(conv(seed, channels=size), **frozen), stream, seed)
+            result = train(memory(conv(seed, channels=size), **settings), stream, seed)
             write(out, {"suite": "bytes", "method": name, "seed": seed, **result})
     for seed, size in itertools.product(range(seeds), (30, 200, 1000, 4000, 13000, 20000, 53900)):
         name = f"replay {size}"
