@@ -8,9 +8,10 @@
 
 An image is read row by row: 28 steps of 28 numbers from 0 to 1, 15 or 50 tanh units, batches of 1,024, Adam with a
 cosine to zero. `tune` holds out a sixth of the training set and tries each rate for ``TUNE_EPOCHS`` epochs; `final`
-trains on all of it for 10 epochs with each method's best rate and asks the test set once. `signal` records how far the codes of each step
-move, beside the norms of backprop's gradients there, and plots both. `pixels` reads pixel by pixel, 784 steps, to show
-that it runs. Rows are appended to docs/results/recurrent.csv as runs end; a run whose row exists is not repeated.
+trains on all of it for 10 epochs with each method's best rate and asks the test set once. `signal` records how far the
+codes of each step move, beside the norms of backprop's gradients there, and plots both. `pixels` reads pixel by pixel,
+784 steps, to show that it runs. Rows are appended to docs/results/recurrent.csv as runs end; a run whose row exists is
+not repeated.
 """
 
 from __future__ import annotations
