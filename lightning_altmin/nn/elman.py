@@ -51,9 +51,9 @@ class ElmanRNN(nn.Module):
         out_features: Width of the output, >= 1.
         activation: A name, a class path or a class, as for `MLP`.
 
-    ``W_x`` and ``W_h`` are the parts of ``cell.weight``, shape ``(hidden, in_features + hidden)``. ``W_h`` begins as the
-    identity and ``b`` as zero, so that a unit keeps what it holds (Le, Jaitly and Hinton 2015, arXiv 1504.00941); ``W_x``
-    is uniform within ``0.3 / sqrt(hidden)``, less than that of ``torch.nn.RNN``, so that no unit saturates on its way.
+    ``W_x`` and ``W_h`` are the parts of ``cell.weight``, shape ``(hidden, in_features + hidden)``. ``W_h`` begins as
+    the identity and ``b`` as zero, so that a unit keeps what it holds (Le, Jaitly and Hinton 2015, arXiv 1504.00941);
+    ``W_x`` is uniform within ``0.3 / sqrt(hidden)``, less than that of ``torch.nn.RNN``, so that no unit saturates.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -260,7 +260,8 @@ def test_gradients_are_zeroed_in_their_own_memory() -> None:
     admitted = judged(DeferredGuard("skip"), 0, gradients)
     assert admitted[0][1] is bad
     assert all(not g.any() for _, g in admitted)
-    assert bool((weight == 1).all()) and bool((gradients[2][1] == 1).all())
+    assert bool((weight == 1).all())
+    assert bool((gradients[2][1] == 1).all())
 
 
 def test_state_made_late_begins_clean(guard_type: type[Guard]) -> None:

@@ -52,7 +52,8 @@ def test_images_are_read_row_by_row_or_pixel_by_pixel() -> None:
 def test_an_unset_unit_keeps_what_it_holds() -> None:
     """Catches an initial matrix that shrinks or mixes what it carries, a bias that drifts, inputs that saturate."""
     cell = ElmanRNN(3, 16, 2).cell
-    assert torch.equal(cell.weight[:, 3:], torch.eye(16)) and not cell.bias.any()
+    assert torch.equal(cell.weight[:, 3:], torch.eye(16))
+    assert not cell.bias.any()
     assert 0.04 < float(cell.weight.detach()[:, :3].abs().max()) <= 0.3 / 4
 
 
