@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_altmin.callbacks.altmin_access import core_of
-from lightning_altmin.continual.callbacks.stream_access import stream_data
+from lightning_altmin.continual.callbacks.stream_access import refuse_layer_parallelism, stream_data
 from lightning_altmin.continual.task import Task
 from lightning_altmin.weights import CoactivationMemory, WeightSolver
 
@@ -49,6 +49,7 @@ class MemoryPolicy(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a stream, and a memory to treat."""
         if stage == "fit":
+            refuse_layer_parallelism(trainer, self)
             stream_data(trainer, self)
             memories = _memories(core_of(pl_module, self).weights)
             windowed = any(memory.window is not None for memory in memories)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_altmin.continual.callbacks.stream_access import stream_data
+from lightning_altmin.continual.callbacks.stream_access import refuse_layer_parallelism, stream_data
 from lightning_altmin.continual.task import Task
 
 OptimizerPolicy = Literal["keep", "state", "full"]
@@ -35,6 +35,7 @@ class ResetOptimizerState(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a stream."""
         if stage == "fit":
+            refuse_layer_parallelism(trainer, self)
             stream_data(trainer, self)
             self._start = {}
 

@@ -17,6 +17,7 @@ from lightning_altmin.continual.callbacks.penalty import Tensors
 from lightning_altmin.continual.callbacks.stream_access import (
     evaluating,
     inputs_and_labels,
+    refuse_layer_parallelism,
     refuse_several_weight_steps,
     stream_data,
 )
@@ -78,6 +79,7 @@ class OrthogonalWeights(Callback):
         """Check that there is a stream, that the layers exist, and that every step is seen."""
         if stage != "fit":
             return
+        refuse_layer_parallelism(trainer, self)
         stream_data(trainer, self)
         refuse_several_weight_steps(pl_module, self)
         self._protected(pl_module)

@@ -10,7 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.continual.callbacks.stream_access import refuse_several_weight_steps, stream_data
+from lightning_altmin.continual.callbacks.stream_access import (
+    refuse_layer_parallelism,
+    refuse_several_weight_steps,
+    stream_data,
+)
 
 Tensors = dict[str, Tensor]
 
@@ -44,6 +48,7 @@ class QuadraticPenalty(Callback):
         """Check that there is a stream, and that every step is seen."""
         if stage != "fit":
             return
+        refuse_layer_parallelism(trainer, self)
         stream_data(trainer, self)
         refuse_several_weight_steps(pl_module, self)
         self.importance, self.anchor = {}, {}

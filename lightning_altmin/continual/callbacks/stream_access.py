@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.continual.data_module import StreamDataModule, TaskStreamDataModule
+from lightning_altmin.strategies.layer_parallel_strategy import LayerParallelStrategy
 from lightning_altmin.trainer_progress import TrainerProgress
 
 
@@ -42,6 +43,19 @@ def task_stream_data(trainer: Trainer, callback: Callback) -> TaskStreamDataModu
             f"{type(callback).__name__} needs tasks with epochs: TaskStreamDataModule, got {type(data).__name__}"
         )
     return data
+
+
+def refuse_layer_parallelism(trainer: Trainer, callback: Callback) -> None:
+    """For a callback that needs all layers, their gradients or their optimizer's state.
+
+    Raises:
+        MisconfigurationException: If each process holds layers of its own.
+    """
+    if isinstance(trainer.strategy, LayerParallelStrategy):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} works on all layers, which strategy 'altmin_layer_parallel' deals out among "
+            "processes: remove the callback, or use strategy='ddp' or one process"
+        )
 
 
 def refuse_several_weight_steps(pl_module: LightningModule, callback: Callback) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_altmin.continual.callbacks.stream_access import stream_data
+from lightning_altmin.continual.callbacks.stream_access import refuse_layer_parallelism, stream_data
 from lightning_altmin.continual.task import Task
 
 
@@ -36,6 +36,7 @@ class TaskLearningRates(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a stream."""
         if stage == "fit":
+            refuse_layer_parallelism(trainer, self)
             stream_data(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
