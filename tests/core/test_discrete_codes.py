@@ -15,60 +15,14 @@ from torch.nn import functional
 from lightning_altmin import (
     AltMin,
     AltMinObjective,
-    CodedNetwork,
-    CurvatureCodes,
     DiscreteCodes,
     GradientCodes,
-    LeastSquaresCodes,
-    LineSearchCodes,
     LocalGradient,
-    ProximalCodes,
 )
-from lightning_altmin.codes import CodeProblem, CodeSolver
+from lightning_altmin.codes import CodeProblem
 from lightning_altmin.margins import MarginLoss
-from lightning_altmin.nn import MLP, HardThreshold, Heaviside, Quantise, Sign, Staircase
-from lightning_altmin.weights import WeightProblem
-
-
-def sgd(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.1)
-
-
-STAIRCASES = {"sign": Sign, "step": lambda: Heaviside(0.1), "hard": lambda: HardThreshold(0.3), "2 bits": Quantise}
-
-
-def network(make: Any = Sign, widths: tuple[int, ...] = (5, 4, 6), outputs: int = 3, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for below, width in itertools.pairwise(widths):
-        layers += [nn.Linear(below, width), make()]
-    module = nn.Sequential(*layers, nn.Linear(widths[-1], outputs)).double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(2)
-    return module
-
-
-def data(seed: int = 0, batch: int = 5) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 5, generator=generator).double(), torch.randint(3, (batch,), generator=generator)
-
-
-def solved(
-    module: nn.Module, codes: CodeSolver, mu: float = 0.01, seed: int = 0, loss: Any = None
-) -> tuple[AltMin, Any, list[CodeProblem]]:
-    """A core, its step with solved codes, and the problems of the codes from the top down."""
-    core = AltMin(module, nn.CrossEntropyLoss() if loss is None else loss, AltMinObjective(mu=mu), codes)
-    x, y = data(seed)
-    if isinstance(loss, nn.MSELoss):
-        y = functional.one_hot(y, 3).double()
-    step, problems = core.encode(x, y), []
-    with torch.no_grad():
-        for problem, level in core.code_problems(step):
-            step.moves[level] = codes.solve(problem)
-            step._margins[level] = problem.margins
-            problems.append(problem)
-    return core, step, problems
+from lightning_altmin.nn import Quantise, Sign, Staircase
+from tests.core.staircase_problems import STAIRCASES, data, network, sgd, solved
 
 
 @torch.no_grad()
@@ -396,80 +350,6 @@ def test_the_closed_form_of_changes_is_the_evaluated_loss() -> None:
         loss.reduction = "none"
         expected = torch.stack([loss(output + m, target) - loss(output, target) for m in moves], 1)
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    "codes", [CurvatureCodes(), GradientCodes(), LineSearchCodes(), ProximalCodes(), LeastSquaresCodes()]
-)
-def test_solvers_that_need_a_derivative_refuse(codes: CodeSolver) -> None:
-    """Catches a network that is trained at its top layer only, without a word."""
-    with pytest.raises(ValueError, match="Sign"):
-        AltMin(network(), nn.CrossEntropyLoss(), codes=codes)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: AltMin(MLP(4, [3], 2), nn.CrossEntropyLoss(), codes=DiscreteCodes()), "found no staircase"),
-        (
-            lambda: AltMin(network(), nn.CrossEntropyLoss(), AltMinObjective.reference(), DiscreteCodes()),
-            "needs AltMinObjective",
-        ),
-        (
-            lambda: AltMin(network(), nn.CrossEntropyLoss(), AltMinObjective(lambda_c=0.1), DiscreteCodes()),
-            r"lambda_c=0\.1",
-        ),
-        (
-            lambda: AltMin(
-                MLP(4, [3, 3], 2, activation=Sign, dropout=0.1), nn.CrossEntropyLoss(), codes=DiscreteCodes()
-            ),
-            "directly between two layers",
-        ),
-        (
-            lambda: AltMin(
-                nn.Sequential(nn.Linear(3, 4), nn.PReLU(), Sign(), nn.Linear(4, 2)),
-                nn.CrossEntropyLoss(),
-                codes=DiscreteCodes(),
-            ),
-            "directly between two layers",
-        ),
-        (
-            lambda: AltMin(
-                nn.Sequential(Sign(), nn.Linear(3, 4), Sign(), nn.Linear(4, 2)),
-                nn.CrossEntropyLoss(),
-                codes=DiscreteCodes(),
-            ),
-            "directly between two layers",
-        ),
-        (
-            lambda: AltMin(nn.Sequential(*network(), nn.LogSoftmax(1)), nn.NLLLoss(), codes=DiscreteCodes()),
-            "one Linear as output stage",
-        ),
-        (
-            lambda: AltMin(network(), lambda output, target: output.mean(), codes=DiscreteCodes()),
-            "returns the mean of a batch",
-        ),
-        (
-            lambda: AltMin(CodedNetwork(network(), batch_norm="live"), nn.CrossEntropyLoss(), codes=DiscreteCodes()),
-            "batch_norm='fixed'",
-        ),
-        (lambda: DiscreteCodes(flips=-1), "flips must be an integer >= 0"),
-        (lambda: DiscreteCodes(rounds=0), "rounds must be an integer >= 1"),
-        (lambda: DiscreteCodes(margin=0.0), "margin must be a positive number"),
-    ],
-)
-def test_what_it_cannot_do_is_refused_by_name(make: Any, message: str) -> None:
-    """Catches a model that trains something else than what was asked for."""
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_a_solver_of_targets_refuses_margins() -> None:
-    """Catches a memory that fits squared targets where the code is judged by margins."""
-    core, step, _ = solved(network(), DiscreteCodes())
-    problem: WeightProblem = core.weight_problem(step, 0)
-    with pytest.raises(ValueError, match="has no target"):
-        _ = problem.target
 
 
 def test_a_batch_whose_codes_are_not_kept_trains_the_same() -> None:

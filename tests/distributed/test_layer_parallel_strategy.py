@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,54 +17,23 @@ from torchmetrics.classification import MulticlassAUROC
 
 from lightning_altmin import (
     AltMinModule,
-    BackpropModule,
     CoactivationMemory,
     CurvatureCodes,
     LayerwiseWeights,
     LineSearchCodes,
     LocalGradient,
 )
-from lightning_altmin.callbacks import CodeMonitor, CompareToBackprop, MuSchedule
+from lightning_altmin.callbacks import MuSchedule
 from lightning_altmin.guard import NonFiniteError
-from lightning_altmin.nn import LeNet5
-from lightning_altmin.strategies import LayerParallelStrategy
 from tests.distributed.gloo import launch
-from tests.distributed.problems import CLASSES, NETWORKS, OPTIMIZERS, batches
+from tests.distributed.layer_parallel_problems import MODELS, State, data, layers, module, state
+from tests.distributed.problems import CLASSES, OPTIMIZERS, batches
 from tests.distributed.test_ddp import Drawn, compare, loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),  # on purpose
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
-State = dict[str, Tensor]
-SIZES = (8, 8, 7, 8, 3)  # of the batches: parts of different sizes, and fewer than there should be
-
-
-def lenet() -> nn.Module:
-    torch.manual_seed(0)
-    return LeNet5(num_classes=CLASSES, image_size=16)
-
-
-MODELS = {**NETWORKS, "lenet": (lenet, (1, 16, 16))}
-
-
-def module(kind: str = "mlp", **settings: Any) -> AltMinModule:
-    return AltMinModule(MODELS[kind][0]().double(), **({"codes": CurvatureCodes(every=2)} | settings))
-
-
-def data(kind: str = "mlp") -> list[tuple[Tensor, Tensor]]:
-    return [(x[:n], y[:n]) for (x, y), n in zip(batches(MODELS[kind][1], 8, 5, torch.float64), SIZES, strict=True)]
-
-
-def layers(world: int = 2, **flags: Any) -> Trainer:
-    return trainer(**({"strategy": "altmin_layer_parallel", "devices": world} | flags))
-
-
-def state(model: AltMinModule, fit: Trainer) -> State:
-    """What a run leaves behind on every process."""
-    found = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    rates = {f"lr.{g['name']}": torch.tensor(g["lr"]).double() for g in fit.optimizers[0].param_groups}
-    return found | fit.callback_metrics | rates
 
 
 SETTINGS: dict[str, Any] = {
@@ -345,66 +314,6 @@ def test_a_bad_batch_changes_nothing_anywhere(policy: Any) -> None:
         return run(layers(max_epochs=1))
 
     compare(launch(2, share), run(trainer(devices=1, max_epochs=1)))
-
-
-def one_optimizer_group(groups: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam([p for group in groups for p in group["params"]])
-
-
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "backprop": (lambda: BackpropModule(NETWORKS["mlp"][0]()), {}, "deals out the layers of an AltMinModule"),
-    "batch norm": (
-        lambda: AltMinModule(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))),
-        {},
-        "BatchNorm in training mode",
-    ),
-    "weight steps": (lambda: module(weights=LocalGradient(steps=2)), {}, r"weights\.steps is 2"),
-    "one group": (
-        lambda: module(weights=LocalGradient(one_optimizer_group)),
-        {},
-        r"layers of processes \[0, 1\].*must pass on the groups",
-    ),
-    "averaging": (module, {"callbacks": [WeightAveraging()]}, "WeightAveraging works on the whole model"),
-    "monitor": (module, {"callbacks": [CodeMonitor()]}, "CodeMonitor"),
-    "comparison": (module, {"callbacks": [CompareToBackprop()]}, "CompareToBackprop"),
-    "costs": (module, {"strategy": LayerParallelStrategy(costs=[1, 2])}, "one number per stage, 3 of them, got 2"),
-    "micro-batches": (module, {"strategy": LayerParallelStrategy(micro_batches=0)}, "micro_batches must be an integer"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_is_refused(name: str) -> None:
-    """Catches a feature that would fail in mid-run, or silently mean something else."""
-    model, flags, message = REFUSED[name]
-
-    def share(rank: int) -> str:
-        with pytest.raises(Exception, match="(?s)" + message) as error:
-            layers(**flags).fit(model(), loader(data()))
-        return type(error.value).__name__
-
-    assert set(launch(2, share)) <= {"MisconfigurationException", "ValueError"}
-
-
-def test_too_many_processes_are_refused() -> None:
-    """Catches two times two processes taken for four groups of layers, or for a network with fewer layers."""
-
-    def share(rank: int) -> bool:
-        with pytest.raises(ValueError, match=r"3 layers cannot be dealt out to 4 processes.*are not combined"):
-            layers(4).fit(module(), loader(data()))
-        return True
-
-    assert launch(4, share) == [True] * 4
-
-
-def test_other_data_on_one_process_is_an_error() -> None:
-    """Catches a sampler that deals out samples: the layers would be trained on different ones."""
-
-    def share(rank: int) -> bool:
-        with pytest.raises(RuntimeError, match="batch 0 is not the same on all processes"):
-            layers().fit(module(), loader(data()[rank:]))
-        return True
-
-    assert launch(2, share) == [True, True]
 
 
 def test_costs_follow_the_operations() -> None:
