@@ -87,6 +87,11 @@ class AltMin(nn.Module):
         self.weights.check(self.coded.stages, self.objective)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self.codes.prepare(self.coded.depth)
+        if any(parameter.dtype == torch.float16 for parameter in self.network.parameters()):
+            raise ValueError(
+                "network has parameters in float16, in which most moves of lower codes are zero: keep them in float32 "
+                "(network.float()) and compute in 16 bits by Trainer(precision='bf16-mixed') or torch.autocast"
+            )
         self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple: not registered twice
         if not self._probe[0].is_meta:  # a network that is on its device already; without data, values would be lost
             for part in (self.objective, self.codes, self.weights):
@@ -133,6 +138,8 @@ class AltMin(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor, y: Any, keep_codes: bool = True) -> Step:
         """Phase 1: the forward pass sets the codes. Running statistics and the random state advance here only."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor of inputs, shape (batch, *features), got {type(x).__name__}")
         if not self._split_verified:
             self.coded.verify_split(x)
             self._split_verified = True

@@ -134,12 +134,24 @@ class LossAt:
         return self._total_gradient
 
 
+_FUNCTIONALS: dict[Any, type[nn.Module]] = {
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.nll_loss: nn.NLLLoss,
+    functional.mse_loss: nn.MSELoss,
+    functional.l1_loss: nn.L1Loss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.huber_loss: nn.HuberLoss,
+}
+"""Functions that are taken as the modules of the same name, which know their reduction and check shapes."""
+
+
 def local_loss(loss: Loss) -> LocalLoss:
     """Wrap a user's loss.
 
     Args:
-        loss: A loss module with ``reduction="mean"``, one of ``torch.nn.functional.cross_entropy`` and ``mse_loss``,
-            or any callable ``loss(output, target)``, which is taken as a *mean over the batch*: its sum over
+        loss: A loss module with ``reduction="mean"``, a function of ``torch.nn.functional`` that is such a
+            loss by default (``cross_entropy``, ``nll_loss``, ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``,
+            ``huber_loss``), or any callable ``loss(output, target)``, which is taken as a *mean over the batch*: its sum over
             samples is the batch size times its value.
 
     Raises:
@@ -150,10 +162,7 @@ def local_loss(loss: Loss) -> LocalLoss:
         return loss
     if isinstance(loss, type) or not callable(loss):
         raise TypeError(f"loss must be an instance of a loss module or a function, got {loss!r}")
-    if loss is functional.cross_entropy:
-        loss = nn.CrossEntropyLoss()
-    if loss is functional.mse_loss:
-        loss = nn.MSELoss()
+    loss = _FUNCTIONALS[loss]() if loss in _FUNCTIONALS else loss
     if not isinstance(loss, nn.Module):
         return CallableLoss(loss)
     if any(p.requires_grad for p in loss.parameters()):
@@ -203,7 +212,8 @@ class CallableLoss(_AutogradLoss):
         return self._loss(output, target) * output.shape[0]
 
 
-_ELEMENTWISE = (nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)  # they broadcast, which is hardly ever meant
+# They broadcast, which is hardly ever meant.
+_ELEMENTWISE = (nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.KLDivLoss)
 
 
 class ModuleLoss(_AutogradLoss):

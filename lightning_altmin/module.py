@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.codes import CodeSolver
-from lightning_altmin.guard import Policy
+from lightning_altmin.guard import NonFiniteError, Policy
 from lightning_altmin.loss_scaling import without_loss_scaling
 from lightning_altmin.metrics import Metrics
 from lightning_altmin.network import CodedNetwork
@@ -34,6 +34,7 @@ from lightning_altmin.weights import LocalGradient, WeightSolver
 from lightning_altmin.weights.local_gradient import OptimizerFactory
 
 _PENDING = "lightning_altmin_pending_gradients"
+_HOPELESS = 10  # bad batches in an epoch that are half of it: the model's fault, not the data's
 _NOTHING_PENDING: dict[str, Any] = {"batches": 0, "admitted": 0, "gradients": {}}
 
 
@@ -54,8 +55,9 @@ class AltMinModule(SupervisedModule):
         lr_monitor: Logged value that a ``ReduceLROnPlateau`` watches.
         gradient_clip_norm: Bound on each layer's gradient norm, > 0; one number, or numbers by layer name.
         accumulate_batches: Average the gradients of this many batches per optimizer step, >= 1.
-        nonfinite: What NaN, inf or a diverging update in a batch does: ``"raise"`` or ``"skip"``. Neither changes
-            parameters, optimizer state or buffers.
+        nonfinite: What a batch does whose data, loss or gradients are NaN, inf or of squares that overflow: ``"raise"``
+            or ``"skip"``. Neither changes parameters, optimizer state or buffers. An epoch with ten bad batches or
+            more that make up over half of it raises in any case.
         compile: Run a batch's phases as one compiled function: ``True`` or a mode of ``torch.compile``; see `AltMin`.
 
     Raises:
@@ -99,7 +101,7 @@ class AltMinModule(SupervisedModule):
         self._check_clip(gradient_clip_norm)
         self.gradient_clip_norm = gradient_clip_norm
         self.accumulate_batches = accumulate_batches
-        self._skipped_before = 0  # bad batches of earlier epochs
+        self._skipped_before = self._seen_before = 0  # bad batches, and all, of earlier epochs
         self._pending = 0  # batches since the last optimizer step
         self._admitted = 0  # how many of them were good
         self._saved_pending: dict[str, Any] | None = None
@@ -125,6 +127,11 @@ class AltMinModule(SupervisedModule):
     def layer_optimizers(self) -> Mapping[str, OptimizerFactory]:
         """Optimizers of layers that are to have one of their own, by layer name (see ``core.explain()``)."""
         return {}
+
+    def settings(self) -> dict[str, str]:
+        """Also the weights of l1 terms, which are no buffers and would silently be those of the constructor."""
+        terms = {name: repr(getattr(self.core.objective, name)) for name in ("lambda_w", "lambda_c")}
+        return super().settings() | terms
 
     # ---------------------------------------------------------------- training
 
@@ -242,11 +249,18 @@ class AltMinModule(SupervisedModule):
         """Report bad batches; step a schedule that watches a value of the epoch."""
         self.core.guard.check()
         if (skipped := self.core.guard.skipped) > self._skipped_before:
-            rank_zero_info(
-                f"epoch {self.current_epoch}: {skipped - self._skipped_before} bad batches were left out (NaN or inf "
-                "in the data, or updates that diverged)"
-            )
+            new, seen = skipped - self._skipped_before, self.core.batches_seen - self._seen_before
             self._skipped_before = skipped
+            if new >= _HOPELESS and 2 * new > seen:  # single bad batches are the data's fault, most of them are not
+                raise NonFiniteError(
+                    f"epoch {self.current_epoch}: {new} of {seen} batches were bad. With so many the model itself has "
+                    "probably diverged in a step before: lower the learning rates, or go on from an older checkpoint"
+                )
+            rank_zero_info(
+                f"epoch {self.current_epoch}: {new} bad batches were left out (NaN or inf in the data, or gradients "
+                "that diverged)"
+            )
+        self._seen_before = self.core.batches_seen
         super().on_train_epoch_end()
 
     def on_validation_model_zero_grad(self) -> None:

@@ -63,17 +63,23 @@ class Stage:
         """Training-time forward pass, without a graph.
 
         Raises:
-            ValueError: If the stage cannot take an input of this shape.
+            ValueError: If the stage cannot take such an input.
         """
         try:
-            return self.engine.encode(x)
-        except RuntimeError as error:
+            code, state = self.engine.encode(x)
+        except (RuntimeError, TypeError, IndexError) as error:  # a module that returns a tuple, an unknown index, ...
             if "out of memory" in str(error):  # says nothing of the shape, and batch-size finders want to see it
                 raise
             raise ValueError(
                 f"stage {self.name!r} ({self.description}) cannot take an input of shape {tuple(x.shape)} and "
                 f"dtype {x.dtype}: {error}"
             ) from error
+        if not isinstance(code, Tensor):
+            raise ValueError(
+                f"stage {self.name!r} ({self.description}) returned a {type(code).__name__}; a stage must return one "
+                "tensor: take what you need of it in a module of your own"
+            )
+        return code, state
 
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
         """The stage at ``x``, or at ``x + move``, as the code step sees it."""

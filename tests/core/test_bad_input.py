@@ -140,3 +140,31 @@ def test_parts_of_the_wrong_kind_are_refused(argument: str) -> None:
     wrong = {"objective": GradientCodes(), "codes": LocalGradient(), "weights": AltMinObjective()}[argument]
     with pytest.raises(TypeError, match=f"{argument} must be an instance of"):
         AltMin(model(), nn.CrossEntropyLoss(), **{argument: wrong})
+
+
+def test_half_precision_parameters_are_refused() -> None:
+    """Catches layers that never train: in float16 the moves of lower codes round to zero."""
+    with pytest.raises(ValueError, match=r"network has parameters in float16.*network\.float\(\)"):
+        AltMin(model().half(), nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("x", [(inputs(),), inputs().numpy(), {"x": inputs()}], ids=lambda x: type(x).__name__)
+def test_inputs_must_be_a_tensor(x: Any) -> None:
+    """Catches an error from inside some layer about an attribute of whatever the loader gave."""
+    with pytest.raises(TypeError, match=f"x must be a tensor of inputs.*got {type(x).__name__}"):
+        AltMin(model(), nn.CrossEntropyLoss()).step(x, labels())
+
+
+@pytest.mark.parametrize(
+    ("first", "x", "message"),
+    [
+        (nn.LSTM(4, 5), inputs(), "returned a tuple; a stage must return one tensor"),
+        (nn.Embedding(3, 5), torch.full((SAMPLES,), 7), r"cannot take an input of shape \(6,\)"),
+    ],
+    ids=["tuple", "index"],
+)
+def test_a_stage_that_fails_is_named(first: nn.Module, x: Tensor, message: str) -> None:
+    """Catches torch's own TypeError or IndexError, which does not say where it comes from."""
+    core = AltMin(nn.Sequential(first, nn.Linear(5, CLASSES)), nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=f"stage '0'.*{message}"):
+        core.step(x, labels())

@@ -249,6 +249,17 @@ def test_modules_without_reduction_are_functions() -> None:
     assert isinstance(local_loss(nn.SmoothL1Loss()), ModuleLoss)
 
 
+@pytest.mark.parametrize(
+    "loss", [nn.PoissonNLLLoss(), functional.l1_loss, functional.huber_loss, functional.smooth_l1_loss]
+)
+def test_targets_are_not_broadcast(loss: Any) -> None:
+    """Catches targets of shape (batch,) for outputs (batch, 1), which broadcast to batch x batch pairs."""
+    core = AltMin(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), loss)
+    with pytest.raises(ValueError, match=r"y has shape \(5,\) but the network's output has \(5, 1\)"):
+        core.step(torch.randn(5, 3), torch.rand(5))
+    core.step(torch.randn(5, 3), torch.rand(5, 1))
+
+
 @pytest.mark.parametrize("loss", [lambda output, y: (output - y).square().mean(), nn.HuberLoss()])
 def test_the_output_is_left_out_of_graphs(loss: Any) -> None:
     """Catches a loss differentiated at the network's own output: whoever keeps it would keep a graph per batch."""

@@ -11,7 +11,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_altmin import AltMinModule, BackpropModule
+from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule
 from tests.module.problems import loader, network, samples, trainer
 
 MODULES = [AltMinModule, BackpropModule]
@@ -150,6 +150,18 @@ def test_a_checkpoint_is_loaded_with_its_network(kind: Any, tmp_path: Path) -> N
         kind.load_from_checkpoint(tmp_path / "a.ckpt", network=network(outputs=7))
     with pytest.raises(ValueError, match="trained with loss="):
         kind.load_from_checkpoint(tmp_path / "a.ckpt", network=network(), loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+
+
+def test_a_checkpoint_is_of_its_l1_terms(tmp_path: Path) -> None:
+    """Catches a new lambda_w that is said to be in force while the optimizer's groups have the old one."""
+    module, fit = AltMinModule(network(), objective=AltMinObjective(lambda_w=0.001)), trainer(max_epochs=1)
+    fit.fit(module, loader())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    for terms, name in (({"lambda_w": 0.5}, "lambda_w"), ({"lambda_w": 0.001, "lambda_c": 0.1}, "lambda_c")):
+        with pytest.raises(ValueError, match=f"trained with {name}="):
+            AltMinModule.load_from_checkpoint(
+                tmp_path / "a.ckpt", network=network(), objective=AltMinObjective(**terms)
+            )
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,17 @@ def test_raise_names_the_batch_and_changes_nothing(factory: Any, batch: int, val
     assert_equal(state(module, fit), before.state)
 
 
+@pytest.mark.parametrize("guard", ["immediate", "deferred"])
+def test_a_diverged_model_does_not_end_well(guard: str, request: pytest.FixtureRequest) -> None:
+    """Catches a run that skips nearly all of its batches, because of its own weights, and ends as if nothing was."""
+    if guard == "deferred":
+        request.getfixturevalue("deferred")
+    diverging = LocalGradient(lambda params: torch.optim.SGD(params, lr=1e30))
+    module = AltMinModule(network(), weights=diverging, nonfinite="skip")
+    with pytest.raises(NonFiniteError, match=r"epoch 0: 1[0-9] of 20 batches were bad.*diverged"):
+        trainer(max_epochs=1).fit(module, DataLoader(TensorDataset(*samples(80)), batch_size=4))
+
+
 def test_raise_counts_batches_over_epochs_and_resumes(tmp_path: Path) -> None:
     """Catches a count that begins anew in each epoch, or in a resumed run."""
     first = trainer(max_epochs=2)
