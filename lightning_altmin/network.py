@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.engines import SharedSamples
 from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
 from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
 
@@ -88,6 +89,15 @@ class CodedNetwork:
             codes: Number of codes; as many as there are stages with codes if not given.
         """
         return list(range(self.depth + 1))
+
+    def share(self, samples: SharedSamples | None) -> None:
+        """Let BatchNorms take their batch statistics over the samples of several processes; ``None``: of this one.
+
+        Raises:
+            ValueError: If a stage with a BatchNorm has an engine that cannot do it.
+        """
+        for stage in self.stages:
+            stage.share(samples)
 
     def first_input(self, x: Tensor) -> Tensor:
         """What the first stage reads in the place of a code."""

@@ -25,6 +25,26 @@ def uses_batch_statistics(norm: BatchNorm) -> bool:
     return norm.training or norm.running_mean is None
 
 
+def count_batch(norm: BatchNorm) -> float | None:
+    """Count this batch; the share that running statistics take of it, or ``None`` where they do not follow batches."""
+    if not (norm.training and norm.track_running_stats):
+        return None
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    # momentum=None is the cumulative average of the batches; the count of a resumed run is in the buffer
+    return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+
+
+@torch.no_grad()
+def follow(norm: BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """Let the running statistics take their share of a batch with this mean and biased variance of ``count`` values."""
+    share = count_batch(norm)
+    if share is None or norm.running_mean is None or norm.running_var is None:
+        return
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var.dtype), share)
+
+
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of ``x`` of shape ``(batch, channels, *positions)`` over batch and positions."""
     variance, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)

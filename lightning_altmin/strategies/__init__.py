@@ -1,10 +1,10 @@
 """Several processes: how each strategy of Lightning shares the work on a batch."""
 
+from lightning_altmin.processes import ProcessLostError
 from lightning_altmin.strategies.data_parallel import DataParallel
 from lightning_altmin.strategies.dealing import stage_costs
 from lightning_altmin.strategies.layer_parallel import LayerParallel
 from lightning_altmin.strategies.layer_parallel_strategy import LayerParallelStrategy
-from lightning_altmin.strategies.lost import ProcessLostError
 from lightning_altmin.strategies.sigterm import end_together_on_sigterm
 from lightning_altmin.strategies.trainer import processes_of, refuse_strategy
 
