@@ -51,6 +51,16 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def refuse_second_use(index: int, statistics: Statistics, norm: nn.Module) -> None:
+    """Refuse a BatchNorm that is applied twice, for there is then no single fixed affine map.
+
+    Raises:
+        ValueError: If there are statistics of it.
+    """
+    if index in statistics:
+        raise ValueError(f"{norm} is applied more than once in one stage; give each use its own BatchNorm")
+
+
 @contextmanager
 def captured(norms: Sequence[BatchNorm]) -> Iterator[Statistics]:
     """Record each BatchNorm's batch statistics while the block runs once.
@@ -65,8 +75,7 @@ def captured(norms: Sequence[BatchNorm]) -> Iterator[Statistics]:
             continue
 
         def record(module: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
-            if index in statistics:
-                raise ValueError(f"{module} is applied more than once in one stage; give each use its own BatchNorm")
+            refuse_second_use(index, statistics, module)
             statistics[index] = batch_statistics(args[0])
 
         handles.append(norm.register_forward_pre_hook(record))
