@@ -99,10 +99,6 @@ class LossAt:
         """The loss as the user gave it, a scalar."""
         return self.loss.mean(self.output, self.target)
 
-    def weight(self) -> Tensor:
-        """What `mean` counts for in an average over several batches, a scalar."""
-        return self.loss.weight(self.output, self.target)
-
     def mean_gradient(self) -> Tensor:
         """Gradient of `mean` with respect to the output."""
         return self.loss.mean_gradient(self.output, self.target)

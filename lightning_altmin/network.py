@@ -77,6 +77,8 @@ class CodedNetwork:
     one_code_per_stage = True
     """Whether a stage's weight problem can be solved as soon as its own code and the one below have moved."""
 
+    _samples: SharedSamples | None = None
+
     @property
     def depth(self) -> int:
         """Number of stages with codes, L."""
@@ -96,6 +98,7 @@ class CodedNetwork:
         Raises:
             ValueError: If a stage with a BatchNorm has an engine that cannot do it.
         """
+        self._samples = samples
         for stage in self.stages:
             stage.share(samples)
 
@@ -143,10 +146,13 @@ class CodedNetwork:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         training = {module: module.training for module in self.network.modules()}
+        samples = self._samples
         self.network.eval()
+        self.share(None)  # a BatchNorm without running statistics would wait for processes that evaluate nothing
         try:
             yield
         finally:
+            self.share(samples)
             for module, mode in training.items():
                 module.training = mode
 

@@ -31,8 +31,11 @@ def count_batch(norm: BatchNorm) -> float | None:
         return None
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
+    if norm.momentum is not None:
+        return norm.momentum
+    assert norm.num_batches_tracked is not None
     # momentum=None is the cumulative average of the batches; the count of a resumed run is in the buffer
-    return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    return 1.0 / float(norm.num_batches_tracked)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""BatchNorms inside a block that only autograd can differentiate, in a batch's phases: of one process, or of several."""
+"""BatchNorms in a block that only autograd can differentiate, in a batch's phases: of one process, or of several."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BlockBatchNorms:
 
 
 class SharedBlockBatchNorms(BlockBatchNorms):
-    """The same where other processes have the rest of the batch: an exchange for each BatchNorm and each way through it.
+    """The same where other processes have the rest of the batch: an exchange for each BatchNorm and way through it.
 
     Autograd goes back in the order of the way there, which is the same on all processes.
     """
@@ -74,7 +74,7 @@ class SharedBlockBatchNorms(BlockBatchNorms):
         def forward_of(index: int, norm: Any) -> Callable[[Tensor], Tensor]:
             def forward(x: Tensor) -> Tensor:
                 norm._check_input_dim(x)
-                normalised, *statistics = _Normalised.apply(x, norm.eps, self._samples)  # type: ignore[no-untyped-call]
+                normalised, *statistics = _Normalised.apply(x, norm.eps, self._samples)
                 found(index, *statistics)
                 return _affine(norm, normalised)
 
@@ -83,7 +83,7 @@ class SharedBlockBatchNorms(BlockBatchNorms):
         before = [(norm, norm.__dict__.get("forward")) for _, norm in replaced]
         try:
             for index, norm in replaced:
-                norm.forward = forward_of(index, norm)
+                norm.__dict__["forward"] = forward_of(index, norm)
             yield
         finally:
             for norm, forward in before:

@@ -51,9 +51,9 @@ class FixedBatchNormRule(Rule):
         norm._check_input_dim(x)
         _refuse_single_value(x)
         momentum = count_batch(norm)
-        running = (None, None) if momentum is None else (norm.running_mean, norm.running_var)
+        running_mean, running_var = (None, None) if momentum is None else (norm.running_mean, norm.running_var)
         y, mean, inverse_deviation = torch.native_batch_norm(
-            x, norm.weight, norm.bias, *running, True, momentum or 0.0, norm.eps
+            x, norm.weight, norm.bias, running_mean, running_var, True, momentum or 0.0, norm.eps
         )
         return y, _Statistics(mean, inverse_deviation, x)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class SharedSamples(ABC):
         """
         variance, mean = torch.var_mean(_at_least_single(x), dim=others(x), correction=0)
         own = torch.cat([mean, variance, mean.new_full((1,), x.numel() / x.shape[1])])
-        means, variances, counts = self.rows(own).split([len(mean), len(mean), 1], 1)
+        means, variances, counts = torch.split(self.rows(own), [len(mean), len(mean), 1], 1)
         count = counts.sum()
         shares = counts / count
         mean = (means * shares).sum(0)
@@ -53,7 +52,7 @@ class SharedSamples(ABC):
         return self  # a copied network has the same processes around it
 
 
-def others(x: Tensor) -> Sequence[int]:
+def others(x: Tensor) -> list[int]:
     """All dimensions but the channels'."""
     return [dim for dim in range(x.dim()) if dim != 1]
 

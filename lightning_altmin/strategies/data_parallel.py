@@ -23,16 +23,15 @@ if TYPE_CHECKING:
 class DataParallel(Processes):
     """Averages what the processes have found, weighted by samples, in one all-reduce per weight step.
 
-    Codes are per sample, so the phases up to the gradients need nobody else, but for synchronised BatchNorms. Then one flat tensor carries the
-    gradients, the loss, the running statistics of BatchNorms, whatever the solvers have measured over samples, and the
-    verdict on the batch: the result is the step that one process would take on all samples together, whatever their
-    number on each process, and a batch that is bad on one of them is bad on all.
+    Codes are per sample, so the phases up to the gradients need nobody else, but for synchronised BatchNorms. Then one
+    flat tensor carries the gradients, the loss, the running statistics of BatchNorms, whatever the solvers have
+    measured over samples, and the verdict on the batch: the result is the step that one process would take on all
+    samples together, whatever their number on each process, and a batch that is bad on one of them is bad on all.
 
     A BatchNorm without synchronisation normalises by the samples of its own process, as under PyTorch's DDP; the
     running statistics are averaged, so that processes stay equal. With ``sync_batch_norm`` it normalises by those of
-    all processes, and the step is that of one process here, too. Each BatchNorm then waits for all processes once in
-    encode; in the weight step once where its input has moved by then (three times: its two means, and the gradient's)
-    or else as often as there is a gradient through it; with ``CodedNetwork(batch_norm="live")`` in every code step.
+    all processes, and the step is that of one process here, too. Each BatchNorm then waits for the others once in
+    encode and up to four times in the weight step; with ``CodedNetwork(batch_norm="live")`` in the code step as well.
 
     Under the Trainer, ``strategy="ddp"`` uses this by itself. Without it::
 
@@ -43,7 +42,8 @@ class DataParallel(Processes):
 
     Args:
         group: The processes to share with; all if not given.
-        sync_batch_norm: Take the batch statistics of BatchNorms over the samples of all processes.
+        sync_batch_norm: Take the batch statistics of BatchNorms over the samples of all processes. The process group
+            must be there before the model is made.
 
     Every process must step equally often, on at least one sample each time.
     """
@@ -59,7 +59,7 @@ class DataParallel(Processes):
 
     @property
     def samples(self) -> SharedSamples | None:
-        return self._samples
+        return self._samples if self._samples is not None and self.count > 1 else None
 
     def begin(self, core: AltMin) -> None:
         """Before the first batch, see that all processes train the same model.
@@ -125,7 +125,7 @@ class DataParallel(Processes):
 
     def _running_statistics(self, core: AltMin) -> list[Tensor]:
         """Those that processes have each moved by samples of their own."""
-        norms = core._norms if self._samples is None else []
+        norms = core._norms if self.samples is None else []
         return [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
 
     def _reduced(

@@ -150,7 +150,7 @@ class WeightProblem:
     def _divisor(self) -> Tensor:
         """What the mean of this problem over the samples here was divided by."""
         if self.move is None:
-            return self.loss.weight()
+            return self.loss.loss.weight(self.loss.output, self.loss.target)
         return self.move.new_full((), float(self.move.shape[0]))
 
     def _find_output_gradient(self) -> Tensor:

@@ -23,7 +23,7 @@ from lightning_altmin import (
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import join_gloo, launch
-from tests.distributed.problems import CLASSES, NORMED, OPTIMIZERS, batches, part
+from tests.distributed.problems import NORMED, OPTIMIZERS, batches, part
 from tests.distributed.test_data_parallel import WEIGHTED, compare, train
 
 SIZES = {  # of each batch on each process; the last ones uneven
@@ -83,4 +83,7 @@ def test_equals_one_process(case: Case) -> None:
 
     expected = train(model(case), data)
     assert any("running_var" in name and not torch.equal(v, torch.ones_like(v)) for name, v in expected.items())
-    compare(launch(world, join_gloo(share)), expected, 1e-12)
+    # By autograd a small move is a difference of two outputs: one process with its samples in another order differs from
+    # itself by 2e-11.
+    by_autograd = kind == "normed residual" or case[5] == "autograd"
+    compare(launch(world, join_gloo(share)), expected, 1e-10 if by_autograd else 1e-12)
