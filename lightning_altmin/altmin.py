@@ -73,12 +73,12 @@ class AltMin(nn.Module):
         self.objective = AltMinObjective() if objective is None else objective
         self.codes = CurvatureCodes() if codes is None else codes
         self.weights = LocalGradient() if weights is None else weights
-        self.processes = Processes() if processes is None else processes
+        processes = Processes() if processes is None else processes
         for name, value, kind in (
             ("objective", self.objective, AltMinObjective),
             ("codes", self.codes, CodeSolver),
             ("weights", self.weights, WeightSolver),
-            ("processes", self.processes, Processes),
+            ("processes", processes, Processes),
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
@@ -104,6 +104,8 @@ class AltMin(nn.Module):
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
         self._split_verified = not self.coded.split_found
+        self._compiled: CompiledBatch | None = None
+        self.processes = processes
         self._compiled = CompiledBatch(self, compile) if compile else None
 
     # ---------------------------------------------------------------- the algorithm
@@ -145,6 +147,7 @@ class AltMin(nn.Module):
             self._split_verified = True
         if x.shape[0] == 0:
             raise ValueError(f"the batch is empty: x has shape {tuple(x.shape)}")
+        self.processes.begin(self)
         number, buffers = self.batches_seen, Buffers(self._buffer_owners)
         run = self.run_encode if self._compiled is None else self._compiled
         with buffers.restored_on_error():
@@ -312,6 +315,18 @@ class AltMin(nn.Module):
         )
 
     # ---------------------------------------------------------------- state
+
+    @property
+    def processes(self) -> Processes:
+        """Who shares a batch; may be set between batches, by a Trainer's strategy for one."""
+        return self._processes
+
+    @processes.setter
+    def processes(self, processes: Processes) -> None:
+        self.coded.share(processes.samples)
+        self._processes = processes
+        if self._compiled is not None:
+            self._compiled.check_stages()
 
     def pending_gradients(self) -> dict[str, Tensor]:
         """Gradients that are being accumulated, by parameter name."""

@@ -35,12 +35,6 @@ class CompiledBatch:
     def __init__(self, core: AltMin, mode: bool | str) -> None:
         if mode is not True and mode not in _MODES:
             raise ValueError(f"compile must be False, True or one of {_MODES}, got {mode!r}")
-        for stage in core.coded.stages:
-            if stage.engine.kind != "closed_form":
-                raise ValueError(
-                    f"compile={mode!r} needs closed forms, but stage {stage.name!r} uses the {stage.engine.kind} "
-                    "engine (core.explain() shows them all); use compile=False"
-                )
         if core.weights.steps > 1:
             raise ValueError(f"compile={mode!r} takes one weight step per batch, weights.steps is {core.weights.steps}")
         if not core.weights.traceable:
@@ -49,8 +43,28 @@ class CompiledBatch:
                 "compile=False"
             )
         self._core, self._mode = core, mode
+        self.check_stages()
         self._output_shapes: dict[torch.Size, torch.Size] = {}
         self._function: Any = None
+
+    def check_stages(self) -> None:
+        """Refuse stages that cannot be part of the graph.
+
+        Raises:
+            ValueError: Naming the stage and the reason.
+        """
+        for stage in self._core.coded.stages:
+            if stage.engine.kind != "closed_form":
+                raise ValueError(
+                    f"compile={self._mode!r} needs closed forms, but stage {stage.name!r} uses the {stage.engine.kind} "
+                    "engine (core.explain() shows them all); use compile=False"
+                )
+            if stage.mixes_processes:
+                raise ValueError(
+                    f"compile={self._mode!r} makes one graph of a batch, which cannot wait for other processes as the "
+                    f"synchronised BatchNorm of stage {stage.name!r} must; use compile=False or sync_batch_norm=False "
+                    "(Trainer(sync_batchnorm=False))"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_core": self._core, "_mode": self._mode, "_output_shapes": {}, "_function": None}

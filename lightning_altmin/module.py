@@ -22,7 +22,13 @@ from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group, equal_groups_merged
 from lightning_altmin.step import Step
-from lightning_altmin.strategies import LayerParallel, end_together_on_sigterm, processes_of, refuse_strategy
+from lightning_altmin.strategies import (
+    LayerParallel,
+    end_together_on_sigterm,
+    keep_modules,
+    processes_of,
+    refuse_strategy,
+)
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer_checks import (
     refuse_optimizer,
@@ -214,6 +220,7 @@ class AltMinModule(SupervisedModule):
         """The first hook of a run, before Lightning checks its arguments: refuse those that ours replace."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             refuse_strategy(self.trainer)
+            keep_modules(self.trainer)
             refuse_replaced(self.trainer)
         return super().configure_callbacks()
 

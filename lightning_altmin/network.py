@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.engines import SharedSamples
 from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
 from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
 
@@ -76,6 +77,8 @@ class CodedNetwork:
     one_code_per_stage = True
     """Whether a stage's weight problem can be solved as soon as its own code and the one below have moved."""
 
+    _samples: SharedSamples | None = None
+
     @property
     def depth(self) -> int:
         """Number of stages with codes, L."""
@@ -88,6 +91,16 @@ class CodedNetwork:
             codes: Number of codes; as many as there are stages with codes if not given.
         """
         return list(range(self.depth + 1))
+
+    def share(self, samples: SharedSamples | None) -> None:
+        """Let BatchNorms take their batch statistics over the samples of several processes; ``None``: of this one.
+
+        Raises:
+            ValueError: If a stage with a BatchNorm has an engine that cannot do it.
+        """
+        self._samples = samples
+        for stage in self.stages:
+            stage.share(samples)
 
     def first_input(self, x: Tensor) -> Tensor:
         """What the first stage reads in the place of a code."""
@@ -133,10 +146,13 @@ class CodedNetwork:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         training = {module: module.training for module in self.network.modules()}
+        samples = self._samples
         self.network.eval()
+        self.share(None)  # a BatchNorm without running statistics would wait for processes that evaluate nothing
         try:
             yield
         finally:
+            self.share(samples)
             for module, mode in training.items():
                 module.training = mode
 

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_altmin.engines import Gradients
+from lightning_altmin.engines import Gradients, SharedSamples
 
 if TYPE_CHECKING:
     from lightning_altmin.altmin import AltMin
     from lightning_altmin.step import Step
+
+
+class ProcessLostError(RuntimeError):
+    """Another process has ended or does not answer; this one cannot go on."""
 
 
 class Processes:
@@ -23,6 +27,15 @@ class Processes:
     def count(self) -> int:
         """Number of processes that share a batch."""
         return 1
+
+    @property
+    def samples(self) -> SharedSamples | None:
+        """Whose samples BatchNorms take their batch statistics from; ``None`` for those of this process alone."""
+        return None
+
+    def begin(self, core: AltMin) -> None:
+        """Called before each batch is encoded: the first moment to compare what the processes are about to train."""
+        return
 
     def sum(self, vector: Tensor) -> Tensor:
         """The sum over these processes; all of them must ask for it."""

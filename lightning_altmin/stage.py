@@ -9,8 +9,17 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_altmin.engines import BatchState, CouplingGradient, StageEngine, StageMap, stage_engine
+from lightning_altmin.engines import (
+    BatchState,
+    CouplingGradient,
+    SharedSamples,
+    StageEngine,
+    StageMap,
+    stage_engine,
+)
+from lightning_altmin.engines.batch_norm_state import batch_norms
 from lightning_altmin.margins import MarginLoss
+from lightning_altmin.processes import ProcessLostError
 from lightning_altmin.tracing import TracedBlock
 
 BatchNormInCodeStep = Literal["fixed", "live"]
@@ -42,12 +51,35 @@ class Stage:
         self.transfer = list(transfer)
         self.affine = list(affine)
         self.is_output = is_output
+        self._samples: SharedSamples | None = None
         self.engine: StageEngine
         self.use_engine(engine)
 
     def use_engine(self, engine: str) -> None:
         """Evaluate the stage by another engine; see `lightning_altmin.engines.stage_engine`."""
         self.engine = stage_engine(self.modules, engine)
+        if self._samples is not None:
+            self.engine.share(self._samples)
+
+    def share(self, samples: SharedSamples | None) -> None:
+        """Take batch statistics over the samples of several processes from now on; ``None``: of this one alone.
+
+        Raises:
+            ValueError: If the engine cannot do it.
+        """
+        before, self._samples = self._samples, samples if batch_norms(self.modules) else None
+        if before is not self._samples:
+            self.engine.share(self._samples)
+
+    @property
+    def mixes_processes(self) -> bool:
+        """Whether its output for a sample depends on samples of other processes."""
+        return self._samples is not None
+
+    @property
+    def mixes_processes_in_code_step(self) -> bool:
+        """Whether that is so in the code step, too, where statistics may be fixed."""
+        return self.mixes_processes and self._live_in_code_step
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -67,6 +99,8 @@ class Stage:
         """
         try:
             code, state = self.engine.encode(x)
+        except ProcessLostError:
+            raise
         except (RuntimeError, TypeError, IndexError) as error:  # a module that returns a tuple, an unknown index, ...
             if "out of memory" in str(error):  # says nothing of the shape, and batch-size finders want to see it
                 raise

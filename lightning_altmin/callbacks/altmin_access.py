@@ -6,8 +6,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_altmin.altmin import AltMin
+from lightning_altmin.engines.batch_norm_state import batch_norms
 from lightning_altmin.module import AltMinModule
-from lightning_altmin.strategies import DataParallel, LayerParallelStrategy, processes_of
+from lightning_altmin.strategies import DataParallel, LayerParallelStrategy, processes_of, synchronises_batch_norm
 
 
 def core_of(module: LightningModule, callback: Callback) -> AltMin:
@@ -50,6 +51,20 @@ def refuse_other_processes(trainer: Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} needs the whole network on every process, which strategy "
             f"{type(trainer.strategy).__name__} does not give: remove the callback, or use strategy='ddp' or "
             "Trainer(devices=1)"
+        )
+
+
+def refuse_synchronised_batch_norm(trainer: Trainer, module: LightningModule, callback: Callback) -> None:
+    """For a callback that runs a network as an ordinary one, whose BatchNorms see the samples of one process.
+
+    Raises:
+        MisconfigurationException: If they are to see those of several.
+    """
+    if trainer.world_size > 1 and synchronises_batch_norm(trainer) and batch_norms([module]):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} compares with backprop, whose BatchNorms normalise by the samples of their own "
+            "process, while Trainer(sync_batchnorm=True) lets those of AltMinModule see all samples: remove the "
+            "callback, or set sync_batchnorm=False"
         )
 
 

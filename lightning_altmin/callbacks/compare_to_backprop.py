@@ -11,7 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_other_processes
+from lightning_altmin.callbacks.altmin_access import (
+    altmin_module,
+    refuse_other_processes,
+    refuse_synchronised_batch_norm,
+)
 from lightning_altmin.callbacks.layer_watch import LayerWatch
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.processes import Processes
@@ -50,6 +54,7 @@ class CompareToBackprop(LayerWatch):
         """Check the module and the Trainer."""
         if stage == "fit":
             refuse_other_processes(trainer, self)
+            refuse_synchronised_batch_norm(trainer, pl_module, self)
         if stage == "fit" and altmin_module(pl_module, self).accumulate_batches > 1:
             raise MisconfigurationException(
                 "CompareToBackprop compares the gradients of one batch, but accumulate_batches mixes those of several; "

@@ -18,7 +18,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_altmin.baselines import BackpropModule
-from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_other_processes
+from lightning_altmin.callbacks.altmin_access import (
+    altmin_module,
+    refuse_other_processes,
+    refuse_synchronised_batch_norm,
+)
 from lightning_altmin.callbacks.training_clock import TrainingClock
 from lightning_altmin.exact_resume import of_all_processes
 from lightning_altmin.module import AltMinModule
@@ -71,6 +75,7 @@ class CompareWithTwin(Callback):
         if stage != "fit":
             return
         refuse_other_processes(trainer, self)
+        refuse_synchronised_batch_norm(trainer, pl_module, self)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise MisconfigurationException(
                 "CompareWithTwin trains a second network in the same processes, but spawned ones cannot start a second "

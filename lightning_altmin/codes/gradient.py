@@ -65,7 +65,8 @@ class GradientCodes(CodeSolver):
     def solve(self, problem: CodeProblem) -> Tensor:
         move = velocity = None
         problem.expect(self.steps)
-        far = None if self.tol is None else _Far(self.tol)
+        # Where samples of other processes take part in a step, all processes must take equally many.
+        far = None if self.tol is None else _Far(self.tol, asks=not problem.above.mixes_processes_in_code_step)
         for _ in range(self.steps):
             change = gradient = problem.gradient(move)
             if far is not None and far.are_none(gradient):
@@ -89,8 +90,9 @@ class GradientCodes(CodeSolver):
 class _Far:
     """Which samples are still far from their code's optimum."""
 
-    def __init__(self, tol: float) -> None:
+    def __init__(self, tol: float, asks: bool) -> None:
         self._share = tol**2
+        self._asks = asks
         self._bound: Tensor | None = None
         self._far: Tensor | None = None
         self.steps: Tensor | None = None
@@ -105,7 +107,8 @@ class _Far:
         assert self._far is not None
         self._far = self._far & (squares > self._bound)
         # Asking an accelerator would stall it, and a compiled graph cannot ask.
-        return squares.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(self._far.any())
+        asks = self._asks and squares.device.type == "cpu" and not torch.compiler.is_compiling()
+        return asks and not bool(self._far.any())
 
     def alone(self, change: Tensor) -> Tensor:
         """``change`` of the samples that are far, zero for the others; a step is counted."""

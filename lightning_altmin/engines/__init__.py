@@ -20,6 +20,8 @@ from lightning_altmin.engines.autograd import AutogradEngine
 from lightning_altmin.engines.base import BatchState, CouplingGradient, Gradients, StageEngine, StageMap
 from lightning_altmin.engines.closed_form import ClosedFormEngine, closed_form, has_closed_form, rule_for
 from lightning_altmin.engines.rule import Rule
+from lightning_altmin.engines.shared_samples import SharedSamples
+from lightning_altmin.engines.summed import SummedMap
 
 ENGINES = ("auto", "closed_form", "autograd")
 
@@ -31,8 +33,10 @@ __all__ = [
     "CouplingGradient",
     "Gradients",
     "Rule",
+    "SharedSamples",
     "StageEngine",
     "StageMap",
+    "SummedMap",
     "closed_form",
     "has_closed_form",
     "rule_for",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_altmin.engines import batch_norm_state
 from lightning_altmin.engines.base import BatchState, Gradients, StageEngine, StageMap
+from lightning_altmin.engines.block_batch_norms import BlockBatchNorms, SharedBlockBatchNorms
+from lightning_altmin.engines.shared_samples import SharedSamples
 
 
 @dataclass
@@ -32,10 +34,10 @@ class AutogradMap(StageMap):
         x: Tensor,
         modules: Sequence[nn.Module],
         move: Tensor | None = None,
-        mixes: bool = False,
+        mixed: BlockBatchNorms | None = None,
     ) -> None:
         self._evaluate = evaluate
-        self._mixes = mixes  # whether a sample's output depends on the other samples
+        self._mixed = mixed  # those by which a sample's output depends on the other samples, if any do
         self._modules = modules
         self._base, self._move = x.detach(), move
         self._x = self._base if move is None else self._base + move
@@ -56,8 +58,8 @@ class AutogradMap(StageMap):
         # and the difference shortened again. Less than twice as long gains no digit, and could only carry a sample
         # across a kink that its move does not reach. Samples that a live BatchNorm mixes share one factor.
         root = torch.finfo(move.dtype).eps ** 0.5
-        dims = list(range(0 if self._mixes else 1, move.dim()))
-        ratio = torch.linalg.vector_norm(base, dim=dims) / torch.linalg.vector_norm(move, dim=dims)
+        size = _size_by_sample if self._mixed is None else self._mixed.size
+        ratio = size(base) / size(move)
         longer = torch.nn.functional.threshold((root * ratio).nan_to_num(1.0), 2.0, 1.0)
         with torch.no_grad():
             output = self._evaluate(base + move * longer.view(-1, *[1] * (move.dim() - 1)))
@@ -113,16 +115,15 @@ class AutogradEngine(StageEngine):
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
-        self._norms = batch_norm_state.batch_norms(self._modules)
-        self._stateful = [
-            m for module in self._modules for m in module.modules() if m._buffers and m not in self._norms
-        ]
+        norms = self._norms = batch_norm_state.batch_norms(self._modules)
+        self._batch_norms = BlockBatchNorms(norms)
+        self._stateful = [m for module in self._modules for m in module.modules() if m._buffers and m not in norms]
         self._inplace = any(getattr(m, "inplace", False) for module in self._modules for m in module.modules())
 
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
         before = _random_state(x.device)
         version = x._version
-        with torch.no_grad(), batch_norm_state.captured(self._norms) as statistics:
+        with torch.no_grad(), self._batch_norms.captured() as statistics:
             output = self._run(x)
         if x._version != version:
             raise ValueError(
@@ -132,6 +133,10 @@ class AutogradEngine(StageEngine):
         used = any(not torch.equal(a, b) for a, b in zip(before, _random_state(x.device), strict=True))
         return output, _State(statistics, [(x.shape[0], before)] if used else None)
 
+    def share(self, samples: SharedSamples | None) -> None:
+        norms = self._norms
+        self._batch_norms = BlockBatchNorms(norms) if samples is None else SharedBlockBatchNorms(norms, samples)
+
     def joined(self, states: Sequence[BatchState]) -> BatchState:
         if len(states) > 1 and any(state.statistics for state in states):
             raise ValueError("a BatchNorm in training mode normalises by the whole batch, which was encoded in parts")
@@ -139,11 +144,11 @@ class AutogradEngine(StageEngine):
         return _State(states[0].statistics, drawn or None)
 
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        return self._map(x, state, lambda: batch_norm_state.held(self._norms, state.statistics), move)
+        return self._map(x, state, lambda: self._batch_norms.held(state.statistics), move)
 
     def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        mixes = bool(state.statistics)
-        return self._map(x, state, lambda: batch_norm_state.untracked(self._norms), move, mixes)
+        mixed = self._batch_norms if state.statistics else None
+        return self._map(x, state, self._batch_norms.live, move, mixed)
 
     def _map(
         self,
@@ -151,13 +156,13 @@ class AutogradEngine(StageEngine):
         state: _State,
         norms: Callable[[], AbstractContextManager[None]],
         move: Tensor | None = None,
-        mixes: bool = False,
+        mixed: BlockBatchNorms | None = None,
     ) -> StageMap:
         def evaluate(inputs: Tensor) -> Tensor:
             with norms(), batch_norm_state.unchanged(self._stateful):
                 return self._run(inputs) if state.random is None else self._replay(inputs, state.random)
 
-        return AutogradMap(evaluate, x, self._modules, move, mixes)
+        return AutogradMap(evaluate, x, self._modules, move, mixed)
 
     def _replay(self, x: Tensor, parts: list[tuple[int, list[Tensor]]]) -> Tensor:
         outputs = []
@@ -172,6 +177,10 @@ class AutogradEngine(StageEngine):
         for module in self._modules:
             x = module(x)
         return x
+
+
+def _size_by_sample(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dim=list(range(1, values.dim())))
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

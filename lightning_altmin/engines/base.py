@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_altmin.engines.shared_samples import SharedSamples
+
 BatchState = Any
 """What one batch fixes in a stage (BatchNorm statistics, dropout masks); opaque outside the engine that made it."""
 
@@ -91,6 +93,18 @@ class StageEngine(ABC):
         if len(states) == 1:
             return states[0]
         raise ValueError(f"{type(self).__name__} does not define joined, so that a batch cannot be encoded in parts")
+
+    def share(self, samples: SharedSamples | None) -> None:
+        """Take the batch statistics of BatchNorms over the samples of several processes from now on.
+
+        Args:
+            samples: Who has them; ``None`` for this process alone. Given to stages with a BatchNorm only.
+
+        Raises:
+            ValueError: If the engine cannot do it.
+        """
+        if samples is not None:
+            raise ValueError(f"{type(self).__name__} does not define share, so that BatchNorms cannot be synchronised")
 
     @abstractmethod
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:

@@ -25,10 +25,43 @@ def uses_batch_statistics(norm: BatchNorm) -> bool:
     return norm.training or norm.running_mean is None
 
 
+def count_batch(norm: BatchNorm) -> float | None:
+    """Count this batch; the share that running statistics take of it, or ``None`` where they do not follow batches."""
+    if not (norm.training and norm.track_running_stats):
+        return None
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if norm.momentum is not None:
+        return norm.momentum
+    assert norm.num_batches_tracked is not None
+    # momentum=None is the cumulative average of the batches; the count of a resumed run is in the buffer
+    return 1.0 / float(norm.num_batches_tracked)
+
+
+@torch.no_grad()
+def follow(norm: BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """Let the running statistics take their share of a batch with this mean and biased variance of ``count`` values."""
+    share = count_batch(norm)
+    if share is None or norm.running_mean is None or norm.running_var is None:
+        return
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var.dtype), share)
+
+
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of ``x`` of shape ``(batch, channels, *positions)`` over batch and positions."""
     variance, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
     return mean, variance
+
+
+def refuse_second_use(index: int, statistics: Statistics, norm: nn.Module) -> None:
+    """Refuse a BatchNorm that is applied twice, for there is then no single fixed affine map.
+
+    Raises:
+        ValueError: If there are statistics of it.
+    """
+    if index in statistics:
+        raise ValueError(f"{norm} is applied more than once in one stage; give each use its own BatchNorm")
 
 
 @contextmanager
@@ -45,8 +78,7 @@ def captured(norms: Sequence[BatchNorm]) -> Iterator[Statistics]:
             continue
 
         def record(module: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
-            if index in statistics:
-                raise ValueError(f"{module} is applied more than once in one stage; give each use its own BatchNorm")
+            refuse_second_use(index, statistics, module)
             statistics[index] = batch_statistics(args[0])
 
         handles.append(norm.register_forward_pre_hook(record))

@@ -12,6 +12,7 @@ from lightning_altmin.engines.base import BatchState, CouplingGradient, StageEng
 from lightning_altmin.engines.chain import Chain
 from lightning_altmin.engines.gram import GramCoupling, gram_pays
 from lightning_altmin.engines.rule import Rule
+from lightning_altmin.engines.shared_samples import SharedSamples
 
 
 class ClosedFormEngine(StageEngine):
@@ -31,6 +32,10 @@ class ClosedFormEngine(StageEngine):
             x, state = rule.encode(x)
             states.append(state)
         return x, states
+
+    def share(self, samples: SharedSamples | None) -> None:
+        self._fixed = [rule.shared(samples) for rule in self._fixed]
+        self._live = [rule.live() for rule in self._fixed]
 
     def joined(self, states: Sequence[BatchState]) -> BatchState:
         return [rule.joined(parts) for rule, parts in zip(self._fixed, zip(*states, strict=True), strict=True)]

@@ -1,7 +1,8 @@
 """BatchNorm in closed form.
 
 A fixed affine map in the code step, differentiated through its statistics in the weight step; its running statistics
-are updated once per batch, in encode.
+are updated once per batch, in encode. Where BatchNorms are synchronised, statistics and the means in their derivatives
+are those of the samples of all processes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines.base import Gradients
-from lightning_altmin.engines.batch_norm_state import uses_batch_statistics
+from lightning_altmin.engines.batch_norm_state import count_batch, follow, uses_batch_statistics
 from lightning_altmin.engines.closed_form import closed_form
 from lightning_altmin.engines.rule import Point, Rule
+from lightning_altmin.engines.shared_samples import SharedSamples, others
 
 
 class _Statistics(NamedTuple):
@@ -48,16 +50,10 @@ class FixedBatchNormRule(Rule):
             return norm(x), _Statistics(norm.running_mean, (norm.running_var + norm.eps).rsqrt(), None)
         norm._check_input_dim(x)
         _refuse_single_value(x)
-        tracked = norm.training and norm.track_running_stats
-        if tracked and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        momentum, running_mean, running_var = 0.0, None, None
-        if tracked:
-            running_mean, running_var = norm.running_mean, norm.running_var
-            # momentum=None is the cumulative average of the batches; the count of a resumed run is in the buffer
-            momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        momentum = count_batch(norm)
+        running_mean, running_var = (None, None) if momentum is None else (norm.running_mean, norm.running_var)
         y, mean, inverse_deviation = torch.native_batch_norm(
-            x, norm.weight, norm.bias, running_mean, running_var, True, momentum, norm.eps
+            x, norm.weight, norm.bias, running_mean, running_var, True, momentum or 0.0, norm.eps
         )
         return y, _Statistics(mean, inverse_deviation, x)
 
@@ -81,6 +77,9 @@ class FixedBatchNormRule(Rule):
 
     def live(self) -> Rule:
         return LiveBatchNormRule(self.module)
+
+    def shared(self, samples: SharedSamples | None) -> Rule:
+        return FixedBatchNormRule(self.module) if samples is None else SharedFixedBatchNormRule(self.module, samples)
 
     def _affine(self, state: _Statistics) -> tuple[Tensor, Tensor]:
         norm = self.module
@@ -109,10 +108,9 @@ class LiveBatchNormRule(Rule):
         if not state.from_batch:
             return FixedBatchNormRule(self.module).change(difference, base, here)
         norm = self.module
-        others = [dim for dim in range(difference.dim()) if dim != 1]
-        e = difference - difference.mean(others, keepdim=True)
+        e = difference - _per_channel(self._mean(difference), difference)
         centred = state.input - _per_channel(state.mean, difference)
-        variance_change = (e * (2 * centred + e)).mean(others)
+        variance_change = self._mean(e * (2 * centred + e))
         before = state.inverse_deviation
         variance = before.pow(-2)  # with eps
         after = (variance + variance_change).rsqrt()
@@ -131,6 +129,10 @@ class LiveBatchNormRule(Rule):
         _, weight, bias = self._backward(grad, at, (False, True, True))
         return [(p, g) for p, g in ((norm.weight, weight), (norm.bias, bias)) if p.requires_grad]
 
+    def _mean(self, values: Tensor) -> Tensor:
+        """Per channel, over the batch."""
+        return values.mean(others(values))
+
     def _backward(self, grad: Tensor, at: Point, wanted: tuple[bool, bool, bool]) -> Any:
         norm, (mean, inverse_deviation) = self.module, at.saved
         return torch.ops.aten.native_batch_norm_backward(
@@ -145,6 +147,63 @@ class LiveBatchNormRule(Rule):
             norm.eps,
             wanted,
         )
+
+
+class SharedFixedBatchNormRule(FixedBatchNormRule):
+    """`FixedBatchNormRule` with the statistics of the samples of all processes: one exchange, in encode."""
+
+    def __init__(self, module: nn.Module, samples: SharedSamples) -> None:
+        super().__init__(module)
+        self._samples = samples
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        norm = self.module
+        if not uses_batch_statistics(norm):
+            return super().encode(x)
+        norm._check_input_dim(x)
+        mean, variance, count = self._samples.moments(x)
+        follow(norm, mean, variance, count)
+        state = _Statistics(mean, (variance + norm.eps).rsqrt(), x)
+        return self.forward(x, state)[0], state
+
+    def live(self) -> Rule:
+        return SharedLiveBatchNormRule(self.module, self._samples)
+
+
+class SharedLiveBatchNormRule(LiveBatchNormRule):
+    """`LiveBatchNormRule` over the samples of all processes.
+
+    Gradients that it is given must be those of one sum over all samples, as the code step's are: the derivative of a
+    sample's output by the statistics meets the gradients of other processes' samples.
+    """
+
+    def __init__(self, module: nn.Module, samples: SharedSamples) -> None:
+        super().__init__(module)
+        self._samples = samples
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        if not state.from_batch:
+            return super().forward(x, state)
+        mean, variance, _ = self._samples.moments(x)
+        here = _Statistics(mean, (variance + self.module.eps).rsqrt(), x)
+        return FixedBatchNormRule(self.module).forward(x, here)[0], (here.mean, here.inverse_deviation)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        (mean,) = self._samples.means(values)
+        return mean
+
+    def _backward(self, grad: Tensor, at: Point, wanted: tuple[bool, bool, bool]) -> Any:
+        if not at.state.from_batch:
+            return super()._backward(grad, at, wanted)
+        mean, inverse_deviation = at.saved
+        normalised = (at.x - _per_channel(mean, at.x)) * _per_channel(inverse_deviation, at.x)
+        if not wanted[0]:  # sums of this process's own: parameters' gradients are added up at the end of the step
+            return None, (grad * normalised).sum(others(grad)), grad.sum(others(grad))
+        mean_gradient, mean_product = self._samples.means(grad, grad * normalised)
+        weight = self.module.weight
+        scale = inverse_deviation if weight is None else weight * inverse_deviation
+        centred = grad - _per_channel(mean_gradient, grad) - normalised * _per_channel(mean_product, grad)
+        return centred * _per_channel(scale, grad), None, None
 
 
 def _refuse_single_value(x: Tensor) -> None:

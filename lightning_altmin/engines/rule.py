@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines.base import Gradients
+from lightning_altmin.engines.shared_samples import SharedSamples
 
 
 class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is overridden in pairs)
@@ -82,6 +83,13 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
 
     def live(self) -> Rule:
         """The rule to use in the weight step; differs from this one only where batch statistics are recomputed."""
+        return self
+
+    def shared(self, samples: SharedSamples | None) -> Rule:
+        """The rule where other processes have the rest of a batch; ``None``: this process has all of it.
+
+        Differs from this one only where a sample's output depends on the others'.
+        """
         return self
 
 

@@ -25,6 +25,7 @@ class Signature:
     codes: str
     weights: str
     objective: str
+    sync_batch_norm: bool
     first_parameters: tuple[float, ...]
 
     @classmethod
@@ -38,6 +39,7 @@ class Signature:
             codes=repr(core.codes),
             weights=repr(core.weights),
             objective=repr(core.objective),
+            sync_batch_norm=core.processes.samples is not None,
             first_parameters=tuple(_fingerprint(p) for _, p in named),
         )
 

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_altmin.engines import Gradients
+from lightning_altmin.engines import Gradients, SharedSamples
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies.agreement import Signature, refuse_differences
 from lightning_altmin.strategies.lost import lost_processes_named
+from lightning_altmin.strategies.synchronised_samples import SynchronisedSamples
 
 if TYPE_CHECKING:
     from lightning_altmin.altmin import AltMin
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
 class DataParallel(Processes):
     """Averages what the processes have found, weighted by samples, in one all-reduce per weight step.
 
-    Codes are per sample, so the phases up to the gradients need nobody else. Then one flat tensor carries the
-    gradients, the loss, the running statistics of BatchNorms, whatever the solvers have measured over samples, and the
-    verdict on the batch: the result is the step that one process would take on all samples together, whatever their
-    number on each process, and a batch that is bad on one of them is bad on all.
+    Codes are per sample, so the phases up to the gradients need nobody else, but for synchronised BatchNorms. Then one
+    flat tensor carries the gradients, the loss, the running statistics of BatchNorms, whatever the solvers have
+    measured over samples, and the verdict on the batch: the result is the step that one process would take on all
+    samples together, whatever their number on each process, and a batch that is bad on one of them is bad on all.
 
     A BatchNorm without synchronisation normalises by the samples of its own process, as under PyTorch's DDP; the
-    running statistics are averaged, so that processes stay equal.
+    running statistics are averaged, so that processes stay equal. With ``sync_batch_norm`` it normalises by those of
+    all processes, and the step is that of one process here, too. Each BatchNorm then waits for the others once in
+    encode and up to four times in the weight step; with ``CodedNetwork(batch_norm="live")`` in the code step as well.
 
     Under the Trainer, ``strategy="ddp"`` uses this by itself. Without it::
 
@@ -39,17 +42,36 @@ class DataParallel(Processes):
 
     Args:
         group: The processes to share with; all if not given.
+        sync_batch_norm: Take the batch statistics of BatchNorms over the samples of all processes. The process group
+            must be there before the model is made.
 
     Every process must step equally often, on at least one sample each time.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, sync_batch_norm: bool = False) -> None:
         self._group = group
-        self._agreed = False
+        self._samples = SynchronisedSamples(group) if sync_batch_norm else None
+        self._agreed = self._shareable = False
 
     @property
     def count(self) -> int:
         return dist.get_world_size(self._group)
+
+    @property
+    def samples(self) -> SharedSamples | None:
+        return self._samples if self._samples is not None and self.count > 1 else None
+
+    def begin(self, core: AltMin) -> None:
+        """Before the first batch, see that all processes train the same model.
+
+        Raises:
+            RuntimeError: If processes differ in the library's version, the model or its weights.
+        """
+        if not self._agreed:
+            refuse_differences(Signature.of(core), self._group)
+            self._agreed = True
+        if self._samples is not None:
+            self._samples.batch = core.batches_seen
 
     def sum(self, vector: Tensor) -> Tensor:
         dist.all_reduce(vector, group=self._group)
@@ -69,18 +91,16 @@ class DataParallel(Processes):
         """As `Processes.share`.
 
         Raises:
-            RuntimeError: In the first batch, if processes differ in the library's version, the model or its weights.
             ProcessLostError: If another process has ended, or has not answered within the group's timeout.
         ValueError: If a gradient is sparse, or codes depend on the batch they come in.
         """
-        if not self._agreed:
+        if not self._shareable:
             _refuse_unshareable(core, gradients)
-            refuse_differences(Signature.of(core), self._group)
-            self._agreed = True
+            self._shareable = True
         outputs = {id(p) for p in core.coded.stages[-1].parameters()}
         own = [(p, g) for p, g in gradients if id(p) not in outputs]
         last = [(p, g) for p, g in gradients if id(p) in outputs]
-        running = [b for n in core._norms for b in (n.running_mean, n.running_var) if b is not None] if first else []
+        running = self._running_statistics(core) if first else []
         by_codes = core.codes.measured() if first and step._measures else []
         by_weights = core.weights.measured() if first else []
         weights = core.local_loss.weight(step.output, step.y)
@@ -102,6 +122,11 @@ class DataParallel(Processes):
             step.loss = by_loss[-1]
         parameters = [p for p, _ in (*own, *last)]
         return list(zip(parameters, by_samples[: len(own)] + by_loss[: len(last)], strict=True)), sums[-1] > 0
+
+    def _running_statistics(self, core: AltMin) -> list[Tensor]:
+        """Those that processes have each moved by samples of their own."""
+        norms = core._norms if self.samples is None else []
+        return [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
 
     def _reduced(
         self,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-class ProcessLostError(RuntimeError):
-    """Another process has ended or does not answer; this one cannot go on."""
+from lightning_altmin.processes import ProcessLostError
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies.data_parallel import DataParallel
 from lightning_altmin.strategies.layer_parallel_strategy import LayerParallelStrategy
+from lightning_altmin.strategies.layer_sync import synchronises_batch_norm
 
 _WHOLE = "the closed forms of a layer's local problem read and write its parameters whole, outside the layer's forward"
 _REASONS: dict[type[Any], str] = {
@@ -29,7 +30,9 @@ _ADVICE = "use strategy='ddp', which averages the local gradients"
 
 def processes_of(trainer: Trainer) -> Processes:
     """Who shares a batch in a run, its group being set up."""
-    return DataParallel() if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1 else Processes()
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1:
+        return DataParallel(sync_batch_norm=synchronises_batch_norm(trainer))
+    return Processes()
 
 
 def refuse_strategy(trainer: Trainer) -> None:
@@ -46,9 +49,4 @@ def refuse_strategy(trainer: Trainer) -> None:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | LayerParallelStrategy):
         raise MisconfigurationException(
             f"strategy {name} is not known to AltMinModule, which has to average local gradients itself; {_ADVICE}"
-        )
-    if strategy.__dict__.get("_layer_sync") is not None and trainer.world_size > 1:
-        raise MisconfigurationException(
-            "Trainer(sync_batchnorm=True) would put other modules in the place of those that the layers' closed forms "
-            "know; leave it out: running statistics are averaged over processes in any case"
         )

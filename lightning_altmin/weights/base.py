@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.engines import BatchState, Gradients, StageMap
+from lightning_altmin.engines import BatchState, Gradients, StageMap, SummedMap
 from lightning_altmin.losses import LossAt
 from lightning_altmin.margins import MarginLoss
 from lightning_altmin.objective import AltMinObjective
@@ -136,6 +136,8 @@ class WeightProblem:
                 self._live = self.stage.live(self.forward_input.add_(self.input_move), self.state)
             else:
                 self._live = self.stage.live(self.forward_input, self.state, self.input_move)
+            if self.stage.mixes_processes:
+                self._live = SummedMap(self._live, self._divisor())
         return self._live
 
     @property
@@ -144,6 +146,12 @@ class WeightProblem:
         if self._output_gradient is None:
             self._output_gradient = self._find_output_gradient()
         return self._output_gradient
+
+    def _divisor(self) -> Tensor:
+        """What the mean of this problem over the samples here was divided by."""
+        if self.move is None:
+            return self.loss.loss.weight(self.loss.output, self.loss.target)
+        return self.move.new_full((), float(self.move.shape[0]))
 
     def _find_output_gradient(self) -> Tensor:
         if self.move is None:

@@ -16,7 +16,7 @@ from lightning_altmin import AltMinModule, CurvatureCodes, LocalGradient
 from lightning_altmin.callbacks import CodeMonitor, CompareToBackprop, CompareWithTwin, MuSchedule
 from lightning_altmin.data import Sources, TensorSource
 from tests.distributed.gloo import launch
-from tests.distributed.problems import OPTIMIZERS, batches
+from tests.distributed.problems import NORMED, OPTIMIZERS, batches
 from tests.distributed.test_ddp import Drawn, ddp, loader, module, parts, state, trainer, whole
 
 pytestmark = [
@@ -27,37 +27,38 @@ WATCHES = {"codes": lambda: CodeMonitor(1), "backprop": lambda: CompareToBackpro
 LOSSES = {"plain": None, "class weights": torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)}
 
 
-def watched(weight: Tensor | None) -> AltMinModule:
-    return module("conv", loss=nn.CrossEntropyLoss(weight=weight), weights=LocalGradient(OPTIMIZERS["sgd"]))
+def watched(kind: str, weight: Tensor | None) -> AltMinModule:
+    return module(kind, loss=nn.CrossEntropyLoss(weight=weight), weights=LocalGradient(OPTIMIZERS["sgd"]))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", WATCHES)
-def test_watches_measure_the_whole_batch(name: str, loss: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("codes", "conv"), ("backprop", "conv"), ("codes", "normed conv")])
+def test_watches_measure_the_whole_batch(name: str, kind: str, loss: str) -> None:
     """Catches numbers of one process's part of a batch, which a checkpoint that monitors them would not agree on."""
-    data = whole(kind="conv")
+    data = whole(kind=kind)
+    flags = {"sync_batchnorm": kind in NORMED}
 
     def share(rank: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
         watch = WATCHES[name]()
-        model, fit = watched(LOSSES[loss]), ddp(callbacks=[watch])
+        model, fit = watched(kind, LOSSES[loss]), ddp(callbacks=[watch], **flags)
         fit.fit(model, loader(parts(data, rank)))
         return watch.history, state(model, fit)
 
     expected = WATCHES[name]()
-    trainer(devices=1, callbacks=[expected]).fit(watched(LOSSES[loss]), loader(data))
+    trainer(devices=1, callbacks=[expected]).fit(watched(kind, LOSSES[loss]), loader(data))
     (first, left), (second, _) = launch(2, share)
     assert first == second
     assert len(first) == len(expected.history) == 2 * len(data)
     for found, right in zip(first, expected.history, strict=True):
         assert found == pytest.approx(right, rel=1e-10, abs=1e-10)
-    plain = launch(2, lambda rank: _without(rank, data, loss))[0]
+
+    def without(rank: int) -> dict[str, Tensor]:
+        model, fit = watched(kind, LOSSES[loss]), ddp(**flags)
+        fit.fit(model, loader(parts(data, rank)))
+        return state(model, fit)
+
+    plain = launch(2, without)[0]
     assert all(torch.equal(value, left[key]) for key, value in plain.items()), "watching has changed the run"
-
-
-def _without(rank: int, data: Any, loss: str) -> dict[str, Tensor]:
-    model, fit = watched(LOSSES[loss]), ddp()
-    fit.fit(model, loader(parts(data, rank)))
-    return state(model, fit)
 
 
 def test_a_schedule_of_mu() -> None:
@@ -134,3 +135,15 @@ def test_spawned_processes_have_no_twin() -> None:
     fit = trainer(devices=2, strategy="ddp_fork", callbacks=[CompareWithTwin()])
     with pytest.raises(MisconfigurationException, match="spawned ones cannot start a second run"):
         fit.callbacks[0].setup(fit, module(), "fit")
+
+
+@pytest.mark.parametrize("make", [lambda: CompareToBackprop(1), CompareWithTwin], ids=["gradients", "twin"])
+def test_comparisons_with_backprop_refuse_synchronised_batch_norm(make: Any) -> None:
+    """Catches a comparison of two networks that normalise by different samples."""
+
+    def share(rank: int) -> bool:
+        with pytest.raises(MisconfigurationException, match="BatchNorms normalise by the samples of their own process"):
+            ddp(callbacks=[make()], sync_batchnorm=True).fit(module("normed mlp"), loader(parts(whole(), rank)))
+        return True
+
+    assert launch(2, share) == [True, True]

@@ -217,21 +217,24 @@ def test_a_bad_batch_on_one_process_is_bad_on_all(policy: Any, at: int) -> None:
     compare([state for state, _ in found], expected, 1e-12)
 
 
-def test_running_statistics_are_averaged() -> None:
-    """Catches processes whose BatchNorms drift apart. Oracle: the running mean is linear in the batch means."""
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_running_statistics(synchronised: bool) -> None:
+    """Catches processes whose BatchNorms drift apart. Oracle: means of the parts' moments, or the whole batch's own."""
     data = batches((6,), 8, 3, torch.float64)
 
     def share(rank: int) -> State:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
-        core = AltMin(network, nn.CrossEntropyLoss(), processes=DataParallel())
+        processes = DataParallel(sync_batch_norm=synchronised)
+        core = AltMin(network, nn.CrossEntropyLoss(), processes=processes)
         first = network[0](part(data[0], (5, 3), rank)[0]).detach()
         core.step(*part(data[0], (5, 3), rank))
         return {"running": network[1].running_mean, "variance": network[1].running_var, "codes": first}
 
     found = launch(2, join_gloo(share))
     codes = [state["codes"] for state in found]
-    variance = 0.9 + 0.1 * (5 * codes[0].var(0) + 3 * codes[1].var(0)) / 8
+    averaged = (5 * codes[0].var(0) + 3 * codes[1].var(0)) / 8
+    variance = 0.9 + 0.1 * (torch.cat(codes).var(0) if synchronised else averaged)
     for state in found:
         torch.testing.assert_close(state["running"], 0.1 * torch.cat(codes).mean(0), atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(state["variance"], variance, atol=1e-12, rtol=1e-12)

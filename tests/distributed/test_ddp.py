@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_altmin import AltMinModule, CurvatureCodes, LocalGradient
+from lightning_altmin.baselines import BackpropModule
 from lightning_altmin.data import CSVDataModule, IndexedDataModule, Sources, TensorSource
 from lightning_altmin.guard import NonFiniteError
+from lightning_altmin.strategies.layer_sync import CoreLayerSync
 from tests.distributed.gloo import launch
-from tests.distributed.problems import NETWORKS, OPTIMIZERS, TOLERANCE, batches, part
+from tests.distributed.problems import EVERY, NETWORKS, NORMED, OPTIMIZERS, TOLERANCE, batches, part
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")  # on purpose
 State = dict[str, Tensor]
@@ -63,7 +67,7 @@ def ddp(**flags: Any) -> Trainer:
 
 
 def whole(count: int = len(SIZES), kind: str = "mlp") -> list[tuple[Tensor, Tensor]]:
-    data = batches(NETWORKS[kind][1], 8, count, torch.float64)
+    data = batches(EVERY[kind][1], 8, count, torch.float64)
     return [(x[: sum(sizes)], y[: sum(sizes)]) for (x, y), sizes in zip(data, SIZES, strict=False)]
 
 
@@ -90,7 +94,7 @@ def compare(found: list[State], expected: State, tolerance: float = 1e-12) -> No
 
 
 def module(kind: str = "mlp", **settings: Any) -> AltMinModule:
-    return AltMinModule(NETWORKS[kind][0]().double(), codes=CurvatureCodes(every=2), **settings)
+    return AltMinModule(EVERY[kind][0]().double(), codes=CurvatureCodes(every=2), **settings)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -267,13 +271,56 @@ def test_checkpoints_resume_bit_equal(tmp_path: Path) -> None:
     compare([state(model, fit)], expected[0])
 
 
-def test_synchronised_batch_norm_is_refused() -> None:
-    """Catches modules that Lightning exchanges behind the back of the closed forms."""
+SYNCHRONISED = [(kind, "adam") for kind in NORMED] + [("normed conv", "accumulation"), ("normed mlp", "weight steps")]
+
+
+@pytest.mark.parametrize(("kind", "name"), SYNCHRONISED)
+def test_synchronised_batch_norm(kind: str, name: str) -> None:
+    """Catches a flag that is passed over, and modules that Lightning exchanges behind the back of the closed forms."""
+    data = whole(kind=kind)
+
+    def share(rank: int) -> State:
+        torch.manual_seed(rank)
+        model, fit = module(kind, **SETTINGS[name]), ddp(sync_batchnorm=True)
+        before = list(model.network.modules())
+        fit.fit(model, loader(parts(data, rank)))
+        assert all(one is other for one, other in zip(model.network.modules(), before, strict=True))
+        return state(model, fit)
+
+    model, fit = module(kind, **SETTINGS[name]), trainer(devices=1)
+    fit.fit(model, loader(data))
+    compare(launch(2, share), state(model, fit), TOLERANCE[kind])
+
+
+def test_other_modules_are_synchronised_by_lightning() -> None:
+    """Catches a Trainer that trains another kind of module afterwards, silently without what it was asked for."""
+    sync = CoreLayerSync(TorchSyncBatchNorm())
+    core = module("normed mlp")
+    assert type(sync.apply(core).network[1]) is nn.BatchNorm1d
+    assert type(sync.revert(core).network[1]) is nn.BatchNorm1d
+    assert type(sync.apply(BackpropModule(EVERY["normed mlp"][0]())).network[1]) is nn.SyncBatchNorm
+
+
+def test_unknown_layer_synchronisation_is_refused() -> None:
+    """Catches a plugin that exchanges modules which the closed forms know."""
+
+    class Other(TorchSyncBatchNorm):
+        pass
 
     def share(rank: int) -> bool:
-        network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        with pytest.raises(Exception, match=r"Trainer\(sync_batchnorm=True\) would put other modules"):
-            ddp(sync_batchnorm=True).fit(AltMinModule(network), loader(parts(whole(), rank)))
+        with pytest.raises(MisconfigurationException, match="plugin Other would put other modules"):
+            ddp(plugins=[Other()]).fit(module("normed mlp"), loader(parts(whole(kind="normed mlp"), rank)))
+        return True
+
+    assert launch(2, share) == [True, True]
+
+
+def test_compiled_synchronised_batch_norm_is_refused() -> None:
+    """Catches a refusal that comes after the first batch."""
+
+    def share(rank: int) -> bool:
+        with pytest.raises(ValueError, match=r"compile=True .*Trainer\(sync_batchnorm=False\)"):
+            ddp(sync_batchnorm=True).fit(module("normed mlp", compile=True), loader([]))
         return True
 
     assert launch(2, share) == [True, True]
