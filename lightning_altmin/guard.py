@@ -36,9 +36,13 @@ class Buffers:
     """
 
     def __init__(self, owners: Sequence[nn.Module]) -> None:
-        written = [owner for owner in owners if not getattr(owner, "replaces_buffers", False)]
-        self._buffers = [buffer for owner in written for buffer in owner._buffers.values() if buffer is not None]
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._written = [
+            (owner, name, buffer, buffer.clone())
+            for owner in owners
+            if not getattr(owner, "replaces_buffers", False)
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
         self._replaced = [
             (owner, name, buffer)
             for owner in owners
@@ -49,10 +53,16 @@ class Buffers:
     def restore(self) -> None:
         """Put all buffers back."""
         with torch.no_grad():
-            for buffer, before in zip(self._buffers, self._before, strict=True):
-                buffer.copy_(before)
+            for owner, name, buffer, before in self._written:
+                owner._buffers[name] = buffer.copy_(before)  # it may have been written to, or another set in its place
         for owner, name, old in self._replaced:
             owner._buffers[name] = old
+
+    def moved(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Owner and name of each floating-point buffer that may be written to, and whether it differs from before."""
+        for owner, name, _, before in self._written:
+            if before.is_floating_point() and (now := owner._buffers[name]) is not None:
+                yield owner, name, (now != before).any()
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -66,8 +76,9 @@ class Buffers:
     def restore_where(self, bad: Tensor) -> None:
         """Put all buffers back if ``bad``, without looking at it."""
         with torch.no_grad():
-            for buffer, before in zip(self._buffers, self._before, strict=True):
-                buffer.copy_(torch.where(bad, before, buffer))
+            for owner, name, buffer, before in self._written:
+                now = owner._buffers[name]
+                owner._buffers[name] = buffer.copy_(before if now is None else torch.where(bad, before, now))
             for owner, name, old in self._replaced:
                 now = owner._buffers[name]
                 if now is not old and now is not None and old is not None:

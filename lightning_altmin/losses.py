@@ -151,8 +151,8 @@ def local_loss(loss: Loss) -> LocalLoss:
     Args:
         loss: A loss module with ``reduction="mean"``, a function of ``torch.nn.functional`` that is such a
             loss by default (``cross_entropy``, ``nll_loss``, ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``,
-            ``huber_loss``), or any callable ``loss(output, target)``, which is taken as a *mean over the batch*: its sum
-            over samples is the batch size times its value.
+            ``huber_loss``), or any callable ``loss(output, target)``, which is taken as a *mean over the batch*: its
+            sum over samples is the batch size times its value.
 
     Raises:
         TypeError: If ``loss`` is not callable.

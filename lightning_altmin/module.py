@@ -139,6 +139,10 @@ class AltMinModule(SupervisedModule):
         terms = {name: repr(getattr(self.core.objective, name)) for name in ("lambda_w", "lambda_c")}
         return super().settings() | terms
 
+    def _settings_in_words(self) -> str:
+        own = {name: getattr(self, name) for name in ("gradient_clip_norm", "accumulate_batches")}
+        return ", ".join(f"{name}={value}" for name, value in (self.settings() | own).items())
+
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -229,7 +233,7 @@ class AltMinModule(SupervisedModule):
         super().setup(stage)
         if stage == "fit":
             refuse_unsupported(self.trainer, self.core.coded)
-            self.core.processes = processes_of(self.trainer)
+            self.core.processes = processes_of(self.trainer, self._settings_in_words())
             if self.skips_nonfinite and self.accumulate_batches > 1:
                 refuse_skipping_in_groups(self.trainer)
             # Lightning warns that the checkpoint holds the state *after* the step, as every checkpoint should.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_altmin.__about__ import __version__
 
@@ -25,22 +26,31 @@ class Signature:
     codes: str
     weights: str
     objective: str
+    loss: str
+    nonfinite: str
+    optimizer: str
+    settings: str
     sync_batch_norm: bool
     first_parameters: tuple[float, ...]
 
     @classmethod
-    def of(cls, core: AltMin) -> Signature:
-        """The signature of a model on this process."""
+    def of(cls, core: AltMin, settings: str = "") -> Signature:
+        """The signature of a model on this process, and of whatever else its owner has set."""
         named = [(name, p.detach()) for name, p in core.network.named_parameters()]
+        values = [*(p for _, p in named), *(b for b in core.network.buffers() if b.is_floating_point())]
         return cls(
             lightning_altmin=__version__,
             torch=torch.__version__,
-            model=", ".join(f"{name}{tuple(p.shape)}" for name, p in named),
+            model=", ".join(f"{name}{tuple(p.shape)} {p.dtype}" for name, p in named),
             codes=repr(core.codes),
             weights=repr(core.weights),
             objective=repr(core.objective),
+            loss=repr(core.loss) if isinstance(core.loss, nn.Module) else getattr(core.loss, "__qualname__", ""),
+            nonfinite=core.guard.policy,
+            optimizer=_described(core.make_optimizer()),
+            settings=settings,
             sync_batch_norm=core.processes.samples is not None,
-            first_parameters=tuple(_fingerprint(p) for _, p in named),
+            first_parameters=tuple(_fingerprint(value) for value in values),
         )
 
 
@@ -66,6 +76,13 @@ def refuse_differences(signature: Signature, group: dist.ProcessGroup | None) ->
             f"processes 0 and {other} differ in {field.name}: {values[0]!r} and {values[other]!r}. All processes must "
             "run the same script with the same packages"
         )
+
+
+def _described(optimizer: Optimizer) -> str:
+    """Type and settings of each parameter group, as they are made: schedules come later."""
+    parts = getattr(optimizer, "children", {"": optimizer}).values()
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return f"{[type(part).__name__ for part in parts]} {groups}"
 
 
 def _fingerprint(parameter: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_altmin.engines import Gradients, SharedSamples
 from lightning_altmin.processes import Processes
@@ -44,14 +44,19 @@ class DataParallel(Processes):
         group: The processes to share with; all if not given.
         sync_batch_norm: Take the batch statistics of BatchNorms over the samples of all processes. The process group
             must be there before the model is made.
+        settings: Whatever else must be the same on all processes, in words; compared before the first batch.
 
     Every process must step equally often, on at least one sample each time.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, sync_batch_norm: bool = False) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, sync_batch_norm: bool = False, settings: str = ""
+    ) -> None:
         self._group = group
+        self._settings = settings
         self._samples = SynchronisedSamples(group) if sync_batch_norm else None
         self._agreed = self._shareable = False
+        self._moving: list[tuple[nn.Module, str]] = []
 
     @property
     def count(self) -> int:
@@ -68,7 +73,7 @@ class DataParallel(Processes):
             RuntimeError: If processes differ in the library's version, the model or its weights.
         """
         if not self._agreed:
-            refuse_differences(Signature.of(core), self._group)
+            refuse_differences(Signature.of(core, self._settings), self._group)
             self._agreed = True
         if self._samples is not None:
             self._samples.batch = core.batches_seen
@@ -96,6 +101,7 @@ class DataParallel(Processes):
         """
         if not self._shareable:
             _refuse_unshareable(core, gradients)
+            self._moving = self._moved_buffers(core, step)
             self._shareable = True
         outputs = {id(p) for p in core.coded.stages[-1].parameters()}
         own = [(p, g) for p, g in gradients if id(p) not in outputs]
@@ -126,7 +132,22 @@ class DataParallel(Processes):
     def _running_statistics(self, core: AltMin) -> list[Tensor]:
         """Those that processes have each moved by samples of their own."""
         norms = core._norms if self.samples is None else []
-        return [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        running = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        return running + [b for owner, name in self._moving if (b := owner._buffers[name]) is not None]
+
+    def _moved_buffers(self, core: AltMin, step: Step) -> list[tuple[nn.Module, str]]:
+        """The network's other buffers that the first batch has moved, on any process."""
+        assert step._buffers is not None
+        norms, modules = set(core._norms), set(core.network.modules())
+        others = [
+            (owner, name, moved)
+            for owner, name, moved in step._buffers.moved()
+            if owner in modules and owner not in norms
+        ]
+        flags = torch.stack([moved for _, _, moved in others]).int() if others else torch.zeros(0)
+        if others:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        return [(owner, name) for (owner, name, _), moved in zip(others, flags.tolist(), strict=True) if moved]
 
     def _reduced(
         self,

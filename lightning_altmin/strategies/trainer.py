@@ -28,10 +28,10 @@ _REASONS: dict[type[Any], str] = {
 _ADVICE = "use strategy='ddp', which averages the local gradients"
 
 
-def processes_of(trainer: Trainer) -> Processes:
-    """Who shares a batch in a run, its group being set up."""
+def processes_of(trainer: Trainer, settings: str = "") -> Processes:
+    """Who shares a batch in a run, its group being set up; all must have the same settings."""
     if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1:
-        return DataParallel(sync_batch_norm=synchronises_batch_norm(trainer))
+        return DataParallel(None, synchronises_batch_norm(trainer), settings)
     return Processes()
 
 
