@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import interval, spread
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from rows import append, read
+from rows import append, markdown, read
 from torch import nn
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, CodedNetwork, CurvatureCodes, LocalGradient
@@ -215,17 +216,9 @@ def run(phase: str, name: str, root: str, path: Path, wanted: list[str] | None =
               f"{100 * row.accuracy:.2f} % in {row.seconds:.0f} s", flush=True)  # fmt: skip
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
 def table(path: Path) -> str:
     """Means over seeds, and the mean paired difference with a 95 % interval (t distribution)."""
-    t_quantile = {2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 %, degrees of freedom = seeds - 1
-    lines = [
-        "| network | epochs | seeds | backprop % | method | its % | - backprop (95 %) | rates (backprop; it) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     final = [r for r in read(path, Row) if r.phase == "final"]
     for suite, network, epochs in dict.fromkeys((r.suite, r.network, r.epochs) for r in final):
         runs: dict[str, dict[int, Row]] = {
@@ -239,13 +232,11 @@ def table(path: Path) -> str:
                 continue
             theirs, ours = ([100 * runs[m][s].accuracy for s in seeds] for m in ("backprop", method))
             difference = [a - b for a, b in zip(ours, theirs, strict=True)]
-            half = t_quantile.get(len(seeds) - 1, 12.71) * statistics.stdev(difference) / math.sqrt(len(seeds))
-            lines.append(
-                f"| {dataset} {network} | {epochs} | {len(seeds)} | {_spread(theirs)} | {method} | {_spread(ours)} | "
-                f"{statistics.mean(difference):+.2f} ± {half:.2f} | "
-                f"{runs['backprop'][seeds[0]].lr}; {runs[method][seeds[0]].lr} |"
-            )
-    return "\n".join(lines)
+            rates = f"{runs['backprop'][seeds[0]].lr}; {runs[method][seeds[0]].lr}"
+            results = (spread(theirs), method, spread(ours), interval(difference, "+.2f"))
+            lines.append((f"{dataset} {network}", epochs, len(seeds), *results, rates))
+    columns = ("network", "epochs", "seeds", "backprop %", "method", "its %", "- backprop (95 %)")
+    return markdown((*columns, "rates (backprop; it)"), lines)
 
 
 def main() -> None:

@@ -3,15 +3,13 @@
     python examples/benchmark_page.py
 
 Nothing is measured here: each section says which script made its rows. A file that is not
-there leaves its section out, and the page says so.
+there, or holds nothing but tuning, leaves its table out, and the page says so.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import math
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +20,12 @@ import accuracy
 import bcd_mnist
 import convergence
 import first_epoch
-from rows import read
+from intervals import interval
+from rows import markdown, read
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results"
 WANTED = 0.95
-_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # 95 %, degrees of freedom
-
-
-def interval(values: list[float]) -> str:
-    """Mean and half a 95 % interval (t distribution)."""
-    if len(values) < 2:
-        return f"{values[0]:.4g}"
-    half = _T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.4g} ± {half:.2g}"
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -58,28 +48,23 @@ def samples_to() -> str:
         curve.sort(key=lambda row: int(row["batches"]))
         reached = next((row for row in curve if float(row["accuracy"]) >= WANTED), None)
         first.setdefault((network, method), []).append(reached)
-    lines = [
-        f"| network | method | seeds | thousands of samples to {100 * WANTED:.0f} % (95 %) | seconds (95 %) |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines: list[tuple[object, ...]] = []
     for (network, method), found in first.items():
         reached = [row for row in found if row is not None]
         if len(reached) < len(found):
-            lines.append(f"| {network} | {method} | {len(found)} | not reached by {len(found) - len(reached)} | |")
+            lines.append((network, method, len(found), f"not reached by {len(found) - len(reached)}", ""))
             continue
-        samples = interval([batch * int(row["batches"]) / 1000 for row in reached])
-        seconds = interval([float(row["seconds"]) for row in reached])
-        lines.append(f"| {network} | {method} | {len(found)} | {samples} | {seconds} |")
-    return "\n".join(lines)
+        samples = [batch * int(row["batches"]) / 1000 for row in reached]
+        seconds = [float(row["seconds"]) for row in reached]
+        lines.append((network, method, len(found), *(interval(each, ".4g", ".2g") for each in (samples, seconds))))
+    samples_to_wanted = f"thousands of samples to {100 * WANTED:.0f} % (95 %)"
+    return markdown(("network", "method", "seeds", samples_to_wanted, "seconds (95 %)"), lines)
 
 
 def time_and_memory() -> str:
     """Seconds per epoch of 60,000 samples and peak memory, from the time of a step."""
     measured = json.loads((RESULTS / "step_time.json").read_text())
-    lines = [
-        "| network | threads | method | seconds per epoch of 60,000 | ratio to backprop | peak MB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     kept = [r for r in measured["rows"] if (r["level"], r["precision"]) == ("core", "fp32")]
     kept = [r for r in kept if "engine" not in r["method"]]
     base = {(r["net"], r["threads"]): r["ms"] for r in kept if r["method"] == "backprop"}
@@ -88,12 +73,13 @@ def time_and_memory() -> str:
         milliseconds = row["ratio"] * base[row["net"], row["threads"]]  # rows were not all timed on the same day
         peak = f"{row['peak_mb']:.1f}" if "peak_mb" in row else ""
         cells = [row["net"], row["threads"], row["method"], f"{steps * milliseconds / 1000:.2f}", f"{row['ratio']:.2f}"]
-        lines.append("| " + " | ".join(map(str, [*cells, peak])) + " |")
-    return "\n".join(lines)
+        lines.append((*cells, peak))
+    columns = ("network", "threads", "method", "seconds per epoch of 60,000", "ratio to backprop", "peak MB")
+    return markdown(columns, lines)
 
 
 def first_epochs() -> str:
-    return first_epoch.table(read(RESULTS / "first_epoch.csv", first_epoch.Row)).strip()
+    return first_epoch.table(read(RESULTS / "first_epoch.csv", first_epoch.Row))
 
 
 def offline() -> str:
@@ -162,14 +148,14 @@ HEAD = """# Benchmarks
 <!-- Written by examples/benchmark_page.py from docs/results; do not edit. -->
 
 Every table is made from rows in `docs/results` by `python examples/benchmark_page.py`; the script that measured them
-stands under each. All of it ran on 2 CPU cores.
+stands under each. All of it ran on 2 CPU cores, unless a section says otherwise.
 
 ## Where AltMin loses
 
 - **Accuracy**: it is nowhere ahead of tuned backprop by more than the noise, and mostly a few hundredths of a point
   behind; on CIFAR-10 up to half a point, and more than a point in a convolutional network with BatchNorm unless
   `batch_norm="live"` is set.
-- **Time**: an eager step takes longer than backprop's in every row of the table, and so does a compiled one.
+- **Time**: on a CPU a step takes longer than backprop's, eager and mostly compiled, too; by how much is in the table.
 - **Memory**: never less than backprop's; several code steps need more.
 """
 
@@ -179,8 +165,9 @@ def page() -> str:
     parts = [HEAD]
     for title, name, script, text, make in SECTIONS:
         parts.append(f"## {title}\n")
-        if (RESULTS / name).exists():
-            parts.append(f"{text}\n\n{make()}\n\nMeasured by `{script}`; rows in `results/{name}`.\n")
+        table = make() if (RESULTS / name).exists() else ""
+        if table:
+            parts.append(f"{text}\n\n{table}\n\nMeasured by `{script}`; rows in `results/{name}`.\n")
         else:
             parts.append(f"Not measured yet: `{script}` writes `results/{name}`.\n")
     return "\n".join(parts)

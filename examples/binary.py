@@ -23,8 +23,9 @@ from typing import Any
 import matplotlib
 import torch
 from deep_networks import EpochClock
+from intervals import spread
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from rows import append_values
+from rows import append_values, markdown
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -209,25 +210,18 @@ def table() -> str:
     """What docs/binary.md shows, from the committed rows."""
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
-    lines = ["| method | seeds | test accuracy % | in integers % | first epoch % (validation) | seconds per epoch |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines = []
     for method in METHODS:
         ends = [row for row in rows if row["method"] == method and row["test_accuracy"]]
         if not ends:
             continue
         first = [100 * float(r["val_accuracy"]) for r in rows if r["method"] == method and r["epoch"] == "1"]
         pace = statistics.median(float(row["seconds"]) / int(row["epoch"]) for row in ends)
-        integer = [float(row["integer_accuracy"]) for row in ends if row["integer_accuracy"]]
-        lines.append(
-            f"| {method} | {len(ends)} | {spread([float(row['test_accuracy']) for row in ends])} | "
-            f"{spread(integer) if integer else ''} | {statistics.mean(first):.1f} | {pace:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def spread(shares: list[float]) -> str:
-    percent = [100 * share for share in shares]
-    return f"{statistics.mean(percent):.2f}" + (f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else "")
+        test = spread([100 * float(row["test_accuracy"]) for row in ends])
+        integer = spread([100 * float(row["integer_accuracy"]) for row in ends if row["integer_accuracy"]])
+        lines.append((method, len(ends), test, integer, f"{statistics.mean(first):.1f}", f"{pace:.0f}"))
+    columns = ("method", "seeds", "test accuracy %", "in integers %", "first epoch % (validation)", "seconds per epoch")
+    return markdown(columns, lines)
 
 
 def plot() -> None:

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
+from intervals import half_width, interval
+from rows import append_values, markdown
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor, nn
 
@@ -184,8 +185,7 @@ def slopes(runs: list[dict[int, float]], first: int) -> tuple[float, float]:
     for errors in runs:
         t = [mark for mark in errors if mark >= first]
         fits.append(float(np.polyfit(np.log(t), np.log([errors[mark] for mark in t]), 1)[0]))
-    quantile = float(stats.t.ppf(0.975, len(fits) - 1))
-    return statistics.mean(fits), quantile * statistics.stdev(fits) / math.sqrt(len(fits))
+    return statistics.mean(fits), half_width(fits)
 
 
 def read(path: Path) -> dict[tuple[str, int], dict[int, float]]:
@@ -199,37 +199,28 @@ def read(path: Path) -> dict[tuple[str, int], dict[int, float]]:
 
 
 def append(path: Path, schedule: str, seed: int, errors: dict[int, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(("schedule", "seed", "t", "squared_error"))
-        writer.writerows((schedule, seed, t, f"{error:.6e}") for t, error in errors.items())
+    values = ((schedule, seed, t, f"{error:.6e}") for t, error in errors.items())
+    append_values(path, ("schedule", "seed", "t", "squared_error"), values)
 
 
 def table(path: Path) -> str:
     theory, runs = Theory.of(Problem()), read(path)
-    lines = [
+    known = (
         f"m = {theory.modulus:.3f}, symmetric part {theory.monotone:.3f}, own blocks {theory.own:.3f}, "
         f"coupling {theory.coupling:.3f}, L = {theory.steepest:.3f}; "
-        f"predicted limit of t E|w - w*|^2 under 1/t: {theory.limit:.4f}",
-        "",
-        "| schedule | seeds | slope, last factor of ten (95 %) | t times squared error at the end (95 %) |",
-        "| --- | --- | --- | --- |",
-    ]
+        f"predicted limit of t E|w - w*|^2 under 1/t: {theory.limit:.4f}"
+    )
+    lines = []
     for schedule in dict.fromkeys(schedule for schedule, _ in runs):
         mine = [errors for (name, _), errors in runs.items() if name == schedule]
         if len(mine) < 2:
             continue
         last = max(mine[0])
         mean, half = slopes(mine, last // 10)
-        scaled = [last * errors[last] for errors in mine]
-        spread = float(stats.t.ppf(0.975, len(mine) - 1)) * statistics.stdev(scaled) / math.sqrt(len(mine))
-        lines.append(
-            f"| {schedule} | {len(mine)} | {mean:.2f} ± {half:.2f} | {statistics.mean(scaled):.4f} ± {spread:.4f} |"
-        )
-    return "\n".join(lines)
+        scaled = interval([last * errors[last] for errors in mine], ".4f", ".4f")
+        lines.append((schedule, len(mine), f"{mean:.2f} ± {half:.2f}", scaled))
+    columns = ("schedule", "seeds", "slope, last factor of ten (95 %)", "t times squared error at the end (95 %)")
+    return known + "\n\n" + markdown(columns, lines)
 
 
 def plot(path: Path) -> None:
@@ -247,7 +238,7 @@ def plot(path: Path) -> None:
         values = np.array([[errors[mark] for mark in t] for errors in mine])
         mean, half = slopes(mine, int(t[-1]) // 10)
         label = f"{schedule}: slope {mean:.2f} ± {half:.2f}"
-        spread = stats.t.ppf(0.975, len(mine) - 1) * values.std(0, ddof=1) / math.sqrt(len(mine))
+        spread = np.array([half_width(at_one_mark) for at_one_mark in values.T.tolist()])
         (line,) = axis.plot(t, values.mean(0), linewidth=1, label=label)
         low = np.maximum(values.mean(0) - spread, values.min())
         axis.fill_between(t, low, values.mean(0) + spread, alpha=0.2, color=line.get_color(), linewidth=0)

@@ -22,8 +22,9 @@ from typing import Any
 
 import matplotlib
 import torch
+from intervals import spread
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from rows import append_values
+from rows import append_values, markdown
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, LeastSquaresCodes, LocalGradient
 from lightning_altmin.data import VisionDataModule
@@ -123,25 +124,21 @@ def table() -> str:
     """What docs/deep.md shows, from the committed rows."""
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
-    lines = ["| network | method | seeds | test accuracy % | first epoch at 90 % | seconds per epoch |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines = []
     for name in TASKS:
         for method in METHODS:
             chosen = [row for row in rows if row["network"] == name and row["method"] == method]
             ends = [row for row in chosen if row["test_accuracy"]]
             if not ends:
                 continue
-            accuracy = [100 * float(row["test_accuracy"]) for row in ends]
-            spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
+            accuracy = spread([100 * float(row["test_accuracy"]) for row in ends], ".1f")
             reached = {
                 int(r["epoch"]) for r in chosen if float(r["val_accuracy"]) >= 0.9 and r["seed"] == ends[0]["seed"]
             }
             pace = statistics.median(float(row["seconds"]) / int(row["epoch"]) for row in ends)
-            lines.append(
-                f"| {name} | {method} | {len(ends)} | {statistics.mean(accuracy):.1f}{spread} | "
-                f"{min(reached, default='never')} | {pace:.0f} |"
-            )
-    return "\n".join(lines)
+            lines.append((name, method, len(ends), accuracy, min(reached, default="never"), f"{pace:.0f}"))
+    columns = ("network", "method", "seeds", "test accuracy %", "first epoch at 90 %", "seconds per epoch")
+    return markdown(columns, lines)
 
 
 def plot() -> None:

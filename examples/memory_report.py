@@ -10,10 +10,9 @@ import math
 import statistics
 from pathlib import Path
 
+from intervals import interval, spread
 from memory import DEFAULT, MEMORY, RATES, RESULTS, SUITES, Row, best
-from rows import read
-
-T95 = {2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 % quantiles of t by degrees of freedom, seeds - 1
+from rows import markdown, read
 
 
 def curves(rows: list[Row], suite: str, method: str) -> dict[int, dict[int, float]]:
@@ -36,37 +35,28 @@ def suites(rows: list[Row], phase: str) -> list[str]:
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
     """The mean difference, paired by seed, with its 95 % interval (t distribution)."""
-    paired = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if len(paired) < 2:
-        return f"{statistics.mean(paired):+.2f}"
-    half = T95.get(len(paired) - 1, 12.71) * statistics.stdev(paired) / math.sqrt(len(paired))
-    return f"{statistics.mean(paired):+.2f} ± {half:.2f}"
+    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())], "+.2f")
 
 
-def finals(rows: list[Row]) -> list[str]:
+def finals(rows: list[Row]) -> str:
     """AM-mem beside backprop on the test set: means and deviations over seeds, and paired differences."""
-    lines = [
-        "| network | batches | AM-mem % | Adam % (rate) | AM-mem - Adam | SGD % (rate) | AM-mem - SGD |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for suite in suites(rows, "final"):
         ours = curves(rows, suite, MEMORY)
         for mark in SUITES[suite].marks:
-            cells = [f"{suite} | {mark} | {spread(list(ours[mark].values()))}"]
+            cells = [suite, mark, spread(list(ours[mark].values()))]
             for method in RATES:
                 theirs = curves(rows, suite, method)[mark]
                 rate = best(rows, suite, method, mark)
-                cells.append(f"{spread(list(theirs.values()))} ({rate}) | {difference(ours[mark], theirs)}")
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+                cells += [f"{spread(list(theirs.values()))} ({rate})", difference(ours[mark], theirs)]
+            lines.append(cells)
+    columns = ("network", "batches", "AM-mem %", "Adam % (rate)", "AM-mem - Adam", "SGD % (rate)", "AM-mem - SGD")
+    return markdown(columns, lines)
 
 
-def sweeps(rows: list[Row]) -> list[str]:
+def sweeps(rows: list[Row]) -> str:
     """The extremes of the settings' range after each number of batches, and how many runs diverged."""
-    lines = [
-        "| network | batches | settings | diverged | worst % (setting) | best % (setting) | default % |",
-        "|" + " --- |" * 7,
-    ]
+    lines = []
     for suite in suites(rows, "sweep"):
         for mark in SUITES[suite].marks:
             swept = [r for r in rows if (r.suite, r.phase, r.batches) == (suite, "sweep", mark)]
@@ -74,26 +64,21 @@ def sweeps(rows: list[Row]) -> list[str]:
             ends = [f"{100 * r.accuracy:.2f} ({r.setting})" for r in (swept[0], swept[-1])]
             default = [f"{100 * r.accuracy:.2f}" for r in swept if r.setting == DEFAULT]
             diverged = sum(math.isnan(r.loss) for r in swept)
-            cells = [suite, str(mark), str(len(swept)), str(diverged), *ends, *(default or ["-"])]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            lines.append((suite, mark, len(swept), diverged, *ends, *(default or ["-"])))
+    columns = ("network", "batches", "settings", "diverged", "worst % (setting)", "best % (setting)", "default %")
+    return markdown(columns, lines)
 
 
-def studies(rows: list[Row]) -> list[str]:
+def studies(rows: list[Row]) -> str:
     """Parts replaced: means and deviations over seeds, after each number of batches."""
-    lines = ["| network | setting | seeds | accuracy % after batches |", "| --- | --- | --- | --- |"]
+    lines = []
     for suite, setting in sorted({(r.suite, r.setting) for r in rows if r.phase == "study"}):
         studied = [r for r in rows if (r.suite, r.phase, r.setting) == (suite, "study", setting)]
         at = {mark: [100 * r.accuracy for r in studied if r.batches == mark] for mark in SUITES[suite].marks}
         cells = [f"{mark}: {spread(values)}" for mark, values in at.items()]
         seeds = len({r.seed for r in studied})
-        lines.append(f"| {suite} | {setting or 'default'} | {seeds} | {'; '.join(cells)} |")
-    return lines
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+        lines.append((suite, setting or "default", seeds, "; ".join(cells)))
+    return markdown(("network", "setting", "seeds", "accuracy % after batches"), lines)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -126,7 +111,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     rows = read(arguments.results, Row)
-    print("\n".join([*finals(rows), "", *sweeps(rows), "", *studies(rows)]))
+    print("\n\n".join([finals(rows), sweeps(rows), studies(rows)]))
     if arguments.figure:
         plot(rows, arguments.figure)
 

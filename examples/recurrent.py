@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import spread
 from lightning.pytorch import Trainer, seed_everything
-from rows import append, read
+from rows import append, markdown, read
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, AltMinModule, BackpropModule, CurvatureCodes, GradientCodes, LocalGradient
@@ -201,20 +202,16 @@ def pixels(arguments: argparse.Namespace) -> None:
 
 
 def table(path: Path) -> str:
-    lines = ["| units | method | rate | seeds | test accuracy % | seconds |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = []
     rows = [row for row in read(path, Row) if row.phase == "final"]
     for hidden in HIDDEN:
         for method in METHODS:
             chosen = [row for row in rows if (row.hidden, row.method) == (hidden, method)]
             if chosen:
-                accuracy = [100 * row.accuracy for row in chosen]
-                spread = f" ± {statistics.stdev(accuracy):.2f}" if len(chosen) > 1 else ""
+                accuracy = spread([100 * row.accuracy for row in chosen])
                 pace = statistics.median(row.seconds for row in chosen)
-                lines.append(
-                    f"| {hidden} | {method} | {chosen[0].lr} | {len(chosen)} | "
-                    f"{statistics.mean(accuracy):.2f}{spread} | {pace:.0f} |"
-                )
-    return "\n".join(lines)
+                lines.append((hidden, method, chosen[0].lr, len(chosen), accuracy, f"{pace:.0f}"))
+    return markdown(("units", "method", "rate", "seeds", "test accuracy %", "seconds"), lines)
 
 
 def main() -> None:

@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import spread
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from rows import append, read
+from rows import append, markdown, read
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -223,30 +224,18 @@ def memory() -> None:
 
 
 def table(path: Path) -> str:
-    lines = [
-        "| width | epochs | method | rate | seeds | test accuracy % | seconds per epoch |",
-        "|" + " --- |" * 7,
-    ]
+    lines = []
     ends = [row for row in read(path, Row) if row.phase == "test"]
     for width, epochs, method in itertools.product(
         sorted({row.width for row in ends}), sorted({row.epochs for row in ends}), METHODS
     ):
         rows = [row for row in ends if (row.width, row.epochs, row.method) == (width, epochs, method)]
         if rows:
-            accuracy = [100 * float(row.test_accuracy) for row in rows]
-            spread = f" ± {statistics.stdev(accuracy):.1f}" if len(rows) > 1 else ""
+            accuracy = spread([100 * float(row.test_accuracy) for row in rows], ".1f")
             pace = statistics.median(row.seconds for row in rows)
-            cells = (
-                width,
-                epochs,
-                method,
-                rows[0].lr,
-                len(rows),
-                f"{statistics.mean(accuracy):.1f}{spread}",
-                f"{pace:.1f}",
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+            lines.append((width, epochs, method, rows[0].lr, len(rows), accuracy, f"{pace:.1f}"))
+    columns = ("width", "epochs", "method", "rate", "seeds", "test accuracy %", "seconds per epoch")
+    return markdown(columns, lines)
 
 
 def main() -> None:

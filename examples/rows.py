@@ -1,4 +1,4 @@
-"""Rows of results: a CSV file that grows as runs end, so that an experiment that is cut off loses nothing.
+"""Rows of results: a CSV file that grows as runs end, so that an experiment that is cut off loses nothing, and tables.
 
 The scripts in this folder keep a dataclass per row and skip the runs whose rows exist.
 """
@@ -38,3 +38,9 @@ def append_values(path: Path, columns: Sequence[str], rows: Iterable[Sequence[An
         if new:
             writer.writerow(columns)
         writer.writerows(rows)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = (columns, ["---"] * len(columns), *rows)
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)

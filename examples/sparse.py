@@ -22,7 +22,7 @@ from typing import Any
 import matplotlib
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from rows import append_values
+from rows import append_values, markdown
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -114,13 +114,13 @@ def table() -> str:
     """What docs/sparse.md shows, from the committed rows."""
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
-    lines = ["| l1 term | method | lambda | exact zeros % | test accuracy % | seconds per epoch |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines = []
     for row in sorted(rows, key=lambda row: (row["of"], row["method"], float(row["lambda"]))):
         zeros, accuracy = 100 * float(row["zeros"]), 100 * float(row["test_accuracy"])
         pace = float(row["seconds_per_epoch"])
-        lines.append(f"| {row['of']} | {row['method']} | {row['lambda']} | {zeros:.1f} | {accuracy:.1f} | {pace:.0f} |")
-    return "\n".join(lines)
+        lines.append((row["of"], row["method"], row["lambda"], f"{zeros:.1f}", f"{accuracy:.1f}", f"{pace:.0f}"))
+    columns = ("l1 term", "method", "lambda", "exact zeros %", "test accuracy %", "seconds per epoch")
+    return markdown(columns, lines)
 
 
 def plot() -> None:

@@ -41,7 +41,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py has the data, judge and steps
 import memory
-from rows import append, read
+from intervals import interval
+from rows import append, markdown, read
 
 from lightning_altmin import AltMin, LocalGradient
 from lightning_altmin.baselines import ADMMModule, Hinge, MACModule, SquaredError
@@ -208,29 +209,18 @@ def _write(path: Path, finished: Iterator[list[Row]]) -> None:
 
 def table(rows: list[Row]) -> str:
     """Means over seeds with 95 % intervals (t distribution), by method and number of batches."""
-    lines = []
+    parts = []
     for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
         final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
         marks = sorted({r.batches for r in final})
         heads = ["method", "setting", "seeds", *(f"{mark} batches" for mark in marks)]
-        lines += [f"{suite}:", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+        lines = []
         for method in dict.fromkeys(r.method for r in final):
             mine = [r for r in final if r.method == method]
-            cells = [_interval([100 * r.accuracy for r in mine if r.batches == mark]) for mark in marks]
-            seeds = str(len({r.seed for r in mine}))
-            lines.append("| " + " | ".join([method, mine[0].setting, seeds, *cells]) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _interval(values: list[float]) -> str:
-    if not values:
-        return ""
-    quantile = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # two-sided 95 %, degrees of freedom = seeds - 1
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    half = quantile[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.2f} ± {half:.2f}"
+            cells = [interval([100 * r.accuracy for r in mine if r.batches == mark]) for mark in marks]
+            lines.append((method, mine[0].setting, len({r.seed for r in mine}), *cells))
+        parts += [f"{suite}:", markdown(heads, lines)]
+    return "\n\n".join(parts)
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import statistics
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +17,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def harness() -> ModuleType:
     """``examples/convergence.py``."""
-    spec = importlib.util.spec_from_file_location("convergence", ROOT / "examples" / "convergence.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convergence"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        return importlib.import_module("convergence")
 
 
 @pytest.fixture(scope="module")

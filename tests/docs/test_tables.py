@@ -1,0 +1,67 @@
+"""The means, intervals and tables that the scripts in examples/ print for the documentation."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (EXAMPLES / "paper", EXAMPLES):
+        monkeypatch.syspath_prepend(folder)
+
+
+@pytest.fixture
+def page() -> ModuleType:
+    """``examples/benchmark_page.py``."""
+    return importlib.import_module("benchmark_page")
+
+
+@pytest.mark.parametrize(
+    ("values", "quantile", "deviation"),
+    [
+        ([1.0, 3.0], math.tan(0.475 * math.pi), math.sqrt(2)),  # one degree of freedom: Cauchy
+        ([1.0, 2.0, 3.0], 0.95 * math.sqrt(2 / (1 - 0.95**2)), 1.0),  # two: F(t) = 1/2 + t / (2 sqrt(2 + t^2))
+    ],
+)
+def test_half_an_interval_is_that_of_students_t(values: list[float], quantile: float, deviation: float) -> None:
+    """Catches wrong degrees of freedom, a one-sided quantile and the population's deviation."""
+    half = importlib.import_module("intervals").half_width(values)
+    assert half == pytest.approx(quantile * deviation / math.sqrt(len(values)), rel=1e-9)
+
+
+def test_one_value_has_no_interval_and_none_no_mean() -> None:
+    """Catches a deviation of one value, which does not exist, shown as a number."""
+    intervals = importlib.import_module("intervals")
+    assert [intervals.interval([2.0]), intervals.spread([2.0]), intervals.interval([])] == ["2.00", "2.00", ""]
+    assert intervals.spread([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0"
+    assert intervals.interval([1.0, 2.0, 3.0], "+.1f") == "+2.0 ± 2.48"  # 4.3027 / sqrt(3)
+
+
+def test_a_table_has_a_head_a_rule_and_a_line_per_row() -> None:
+    """Catches a rule shorter than the head, which Markdown does not take for a table."""
+    table = importlib.import_module("rows").markdown(("a", "b"), [(1, ""), ("x", 0.5)])
+    assert table == "| a | b |\n| --- | --- |\n| 1 |  |\n| x | 0.5 |"
+
+
+def test_tuning_alone_is_not_shown_as_measured(
+    page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an empty section that claims to be measured."""
+    first_epoch = importlib.import_module("first_epoch")
+    with (tmp_path / "first_epoch.csv").open("w", newline="") as file:
+        row = asdict(first_epoch.Row("mlp_100", "tune", "Adam", "0.001", 100, 5, 0.5))
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    assert page.page().count("Not measured yet") == len(page.SECTIONS)  # the other files are not there at all
