@@ -7,7 +7,8 @@ are updated once per batch, in encode.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from lightning_altmin.engines.closed_form import closed_form
 from lightning_altmin.engines.rule import Point, Rule
 
 
-class _Statistics(NamedTuple):
+@dataclass
+class _Statistics:
     """Mean and ``1 / sqrt(var + eps)`` per channel, as encode found them.
 
     ``input`` is what encode saw, where the statistics are the batch's own; ``None`` where they are the running ones.
+    Not a NamedTuple: torch 2.7 cannot trace a property of one.
     """
 
     mean: Tensor
