@@ -24,7 +24,7 @@ class _Statistics:
     """Mean and ``1 / sqrt(var + eps)`` per channel, as encode found them.
 
     ``input`` is what encode saw, where the statistics are the batch's own; ``None`` where they are the running ones.
-    Not a NamedTuple: torch 2.7 cannot trace a property of one.
+    Not a NamedTuple: torch 2.8 cannot trace a property of one.
     """
 
     mean: Tensor
