@@ -220,7 +220,9 @@ class AltMin(nn.Module):
     def _passing_gradients(self, step: Step, level: int) -> Gradients:
         """One stage's local gradients; the codes above its input are freed on the way, and that one if it can be."""
         problem = self.weight_problem(step, level)
-        del step.codes_forward[level:], step.moves[level:], step._margins[level:], step._states[level:]
+        # Not `del step.moves[level:]`, which torch 2.8 cannot trace.
+        step.codes_forward, step.moves = step.codes_forward[:level], step.moves[:level]
+        step._margins, step._states = step._margins[:level], step._states[:level]
         if self.weights.uses_up:
             problem.passing = True
             problem.spends = not self.codes.reads_outputs

@@ -77,7 +77,8 @@ class LeastSquaresCodes(CodeSolver):
         transfer, linear = problem.above.transfer, problem.above.affine[0]
         assert isinstance(linear, nn.Linear)  # as `check` has seen
         change = damped_least_squares(linear.weight.detach(), target, self.damping).view_as(problem.forward)
-        activation = next((m for m in transfer if not isinstance(m, _RESHAPES)), nn.Identity())
+        activations = [m for m in transfer if not isinstance(m, _RESHAPES)]
+        activation = activations[0] if activations else nn.Identity()  # `next(..., default)`: not traced by torch 2.8
         return activation_move(activation, problem.forward, change, self.weight)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,8 @@ are those of the samples of all processes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from lightning_altmin.engines.rule import Point, Rule
 from lightning_altmin.engines.shared_samples import SharedSamples, others
 
 
-class _Statistics(NamedTuple):
+@dataclass
+class _Statistics:
     """Mean and ``1 / sqrt(var + eps)`` per channel, as encode found them.
 
     ``input`` is what encode saw, where the statistics are the batch's own; ``None`` where they are the running ones.
+    Not a NamedTuple: torch 2.8 cannot trace a property of one.
     """
 
     mean: Tensor
