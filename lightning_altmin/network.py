@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.engines import has_own_forward, runs_more_than_its_type
 from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
 from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
 
@@ -155,6 +156,9 @@ class CodedNetwork:
             f"{type(self.network).__name__}.forward is not features -> (avgpool) -> flatten -> classifier, so its "
             "stages cannot be found by name; pass an nn.Sequential or a list of blocks instead"
             if self._named
+            else f"a forward hook on {type(self.network).__name__} changes its result, and no stage runs it; put what "
+            "it does into a module"
+            if _is_sequential(self.network)
             else f"the stages that tracing found in {type(self.network).__name__}.forward compute something else; pass "
             "an nn.Sequential or a list of blocks instead"
         )
@@ -170,8 +174,8 @@ class CodedNetwork:
 
     @property
     def split_found(self) -> bool:
-        """Whether stages were found by tracing or by name, and not by an ``nn.Sequential``."""
-        return not isinstance(self.network, nn.Sequential)
+        """Whether stages were found by tracing or by name, or leave out a hook: not just an ``nn.Sequential``'s own."""
+        return not _is_sequential(self.network) or runs_more_than_its_type(self.network)
 
     def explain(self, x: Tensor | None = None) -> str:
         """A table of the stages: layer, modules, shape of a sample's code, trainable parameters, engine.
@@ -210,7 +214,7 @@ class CodedNetwork:
         return [(str(index), block) for index, block in enumerate(modules)]
 
     def _leaves(self, network: nn.Module, kept: _KeptWhole) -> list[tuple[str, nn.Module]]:
-        if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
+        if _is_sequential(network):
             return list(_flatten(network, "", kept))
         try:
             pieces = trace(network, kept)
@@ -290,15 +294,21 @@ def _flatten(module: nn.Module, prefix: str, kept: _KeptWhole) -> Iterator[tuple
     """Leaves of nested Sequentials with their dotted names.
 
     Only plain Sequentials are opened, or subclasses that keep its forward: another forward would compute something
-    else.
+    else, and so may a hook, except on the network itself, whose split `CodedNetwork.verify_split` then checks.
     """
-    opened = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    if opened and not (prefix and kept(prefix, module)):
+    closed = prefix and (kept(prefix, module) or runs_more_than_its_type(module))
+    if _is_sequential(module) and not closed:
         for name, child in module._modules.items():  # named_children() leaves out a module that is used twice
             assert child is not None  # a Sequential calls every entry
             yield from _flatten(child, f"{prefix}.{name}" if prefix else name, kept)
     else:
         yield prefix, module
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether its forward calls its modules in order, and does nothing else."""
+    keeps_forward = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return keeps_forward and not has_own_forward(module)
 
 
 def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str, batch_norm: BatchNormInCodeStep) -> list[Stage]:
