@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import has_own_forward, runs_more_than_its_type
+from lightning_altmin.engines import block_buffers, has_own_forward, runs_more_than_its_type
 from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
 from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
 
@@ -133,10 +133,14 @@ class CodedNetwork:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        """In eval mode; buffers that are updated all the same are put back."""
         training = {module: module.training for module in self.network.modules()}
+        parts = [self.network, *(module for stage in self.stages for module in stage.modules)]
+        owners = dict.fromkeys(owner for part in parts for owner in part.modules() if owner._buffers)
         self.network.eval()
         try:
-            yield
+            with block_buffers.restarted(block_buffers.kept(list(owners))):
+                yield
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -152,25 +156,32 @@ class CodedNetwork:
         Raises:
             ValueError: If they differ.
         """
-        refusal = (
-            f"{type(self.network).__name__}.forward is not features -> (avgpool) -> flatten -> classifier, so its "
-            "stages cannot be found by name; pass an nn.Sequential or a list of blocks instead"
-            if self._named
-            else f"a forward hook on {type(self.network).__name__} changes its result, and no stage runs it; put what "
-            "it does into a module"
-            if _is_sequential(self.network)
-            else f"the stages that tracing found in {type(self.network).__name__}.forward compute something else; pass "
-            "an nn.Sequential or a list of blocks instead"
-        )
+        refusal = self._split_is_wrong()
         try:
             # In full precision: the two may round at different places.
-            with self._evaluating(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                output = self.encode(x).output
-                expected = self.network(x)
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                with self._evaluating():
+                    output = self.encode(x).output
+                with self._evaluating():
+                    expected = self.network(x)
         except ValueError as error:
             raise ValueError(f"either x does not fit the network, or {refusal}: {error}") from error
         if expected.shape != output.shape or not torch.allclose(expected, output, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise ValueError(refusal)
+
+    def _split_is_wrong(self) -> str:
+        kind = type(self.network).__name__
+        if _is_sequential(self.network):
+            return f"a forward hook on the {kind} changes its result, and no stage runs it; make a module of the hook"
+        if self._named:
+            return (
+                f"{kind}.forward is not features -> (avgpool) -> flatten -> classifier, so its stages cannot be found "
+                "by name; pass an nn.Sequential or a list of blocks instead"
+            )
+        return (
+            f"the stages that tracing found in {kind}.forward compute something else; pass an nn.Sequential or a list "
+            "of blocks instead"
+        )
 
     @property
     def split_found(self) -> bool:
