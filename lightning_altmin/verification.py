@@ -99,7 +99,9 @@ def _differences(core: AltMin, x: Tensor, y: Any, random: dict[str, Any]) -> lis
             for stage in twin.coded.stages:
                 stage.use_engine(engine)
         set_random_state(random)  # all draw the same masks
-        inputs = x.double() * factor if x.is_floating_point() else x
+        inputs = x
+        if x.is_floating_point():  # a whole number is exact, or a mark
+            inputs = torch.where(x == x.round(), x.double(), x.double() * factor)
         targets = y.double() if isinstance(y, Tensor) and y.is_floating_point() else y
         return list(_quantities(twin, inputs, targets, moves))
 
@@ -117,7 +119,7 @@ def _differences(core: AltMin, x: Tensor, y: Any, random: dict[str, Any]) -> lis
 def _double(core: AltMin, factor: float) -> AltMin:
     """A copy in float64 that is not compiled, its parameters multiplied.
 
-    By one factor for all: sums that cancel exactly go on doing so, and no unit crosses a kink that it lies on.
+    By one factor for all: sums that cancel exactly go on doing so, and no unit leaves a kink that it lies on.
     """
     twin = copy.deepcopy(core).double()
     twin._compiled = None
