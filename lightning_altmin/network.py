@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import SharedSamples
+from lightning_altmin.engines import SharedSamples, block_buffers, has_own_forward, runs_more_than_its_type
 from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
 from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
 
@@ -145,12 +145,16 @@ class CodedNetwork:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        """In eval mode; buffers that are updated all the same are put back."""
         training = {module: module.training for module in self.network.modules()}
         samples = self._samples
+        parts = [self.network, *(module for stage in self.stages for module in stage.modules)]
+        owners = dict.fromkeys(owner for part in parts for owner in part.modules() if owner._buffers)
         self.network.eval()
         self.share(None)  # a BatchNorm without running statistics would wait for processes that evaluate nothing
         try:
-            yield
+            with block_buffers.restarted(block_buffers.kept(list(owners))):
+                yield
         finally:
             self.share(samples)
             for module, mode in training.items():
@@ -167,27 +171,37 @@ class CodedNetwork:
         Raises:
             ValueError: If they differ.
         """
-        refusal = (
-            f"{type(self.network).__name__}.forward is not features -> (avgpool) -> flatten -> classifier, so its "
-            "stages cannot be found by name; pass an nn.Sequential or a list of blocks instead"
-            if self._named
-            else f"the stages that tracing found in {type(self.network).__name__}.forward compute something else; pass "
-            "an nn.Sequential or a list of blocks instead"
-        )
+        refusal = self._split_is_wrong()
         try:
             # In full precision: the two may round at different places.
-            with self._evaluating(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                output = self.encode(x).output
-                expected = self.network(x)
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                with self._evaluating():
+                    output = self.encode(x).output
+                with self._evaluating():
+                    expected = self.network(x)
         except ValueError as error:
             raise ValueError(f"either x does not fit the network, or {refusal}: {error}") from error
         if expected.shape != output.shape or not torch.allclose(expected, output, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise ValueError(refusal)
 
+    def _split_is_wrong(self) -> str:
+        kind = type(self.network).__name__
+        if _is_sequential(self.network):
+            return f"a forward hook on the {kind} changes its result, and no stage runs it; make a module of the hook"
+        if self._named:
+            return (
+                f"{kind}.forward is not features -> (avgpool) -> flatten -> classifier, so its stages cannot be found "
+                "by name; pass an nn.Sequential or a list of blocks instead"
+            )
+        return (
+            f"the stages that tracing found in {kind}.forward compute something else; pass an nn.Sequential or a list "
+            "of blocks instead"
+        )
+
     @property
     def split_found(self) -> bool:
-        """Whether stages were found by tracing or by name, and not by an ``nn.Sequential``."""
-        return not isinstance(self.network, nn.Sequential)
+        """Whether stages were found by tracing or by name, or leave out a hook: not just an ``nn.Sequential``'s own."""
+        return not _is_sequential(self.network) or runs_more_than_its_type(self.network)
 
     def explain(self, x: Tensor | None = None) -> str:
         """A table of the stages: layer, modules, shape of a sample's code, trainable parameters, engine.
@@ -226,7 +240,7 @@ class CodedNetwork:
         return [(str(index), block) for index, block in enumerate(modules)]
 
     def _leaves(self, network: nn.Module, kept: _KeptWhole) -> list[tuple[str, nn.Module]]:
-        if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
+        if _is_sequential(network):
             return list(_flatten(network, "", kept))
         try:
             pieces = trace(network, kept)
@@ -306,15 +320,21 @@ def _flatten(module: nn.Module, prefix: str, kept: _KeptWhole) -> Iterator[tuple
     """Leaves of nested Sequentials with their dotted names.
 
     Only plain Sequentials are opened, or subclasses that keep its forward: another forward would compute something
-    else.
+    else, and so may a hook, except on the network itself, whose split `CodedNetwork.verify_split` then checks.
     """
-    opened = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    if opened and not (prefix and kept(prefix, module)):
+    closed = prefix and (kept(prefix, module) or runs_more_than_its_type(module))
+    if _is_sequential(module) and not closed:
         for name, child in module._modules.items():  # named_children() leaves out a module that is used twice
             assert child is not None  # a Sequential calls every entry
             yield from _flatten(child, f"{prefix}.{name}" if prefix else name, kept)
     else:
         yield prefix, module
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether its forward calls its modules in order, and does nothing else."""
+    keeps_forward = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return keeps_forward and not has_own_forward(module)
 
 
 def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str, batch_norm: BatchNormInCodeStep) -> list[Stage]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from lightning_altmin.engines import has_own_forward
+
 _ROOT = "network"
 _CHECKS = (operator.eq, operator.ne, operator.gt, operator.ge, operator.lt, operator.le, getattr)
 _CHECK_METHODS = ("dim", "size")
@@ -114,11 +116,15 @@ class _Tracer(fx.Tracer):
         return bool(why)
 
 
-class _OpensNothing(fx.Tracer):
+class _OpensOne(fx.Tracer):
     """Traces one module's own forward; the modules in it stay calls."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return m is not self._module
 
 
 def _closed(module: nn.Module) -> str:
@@ -128,11 +134,12 @@ def _closed(module: nn.Module) -> str:
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks"
     training, codes = module.training, []
-    tracer = _OpensNothing()
+    tracer = _OpensOne(module)
+    root = _Root(module) if has_own_forward(module) else module  # a tracer begins with the forward of the root's type
     try:
         for mode in (True, False):
             module.training = mode
-            graph = tracer.trace(module)
+            graph = tracer.trace(root)
             codes.append(str(graph))
     except Exception as error:  # as above
         return f"its forward cannot be traced: {_first_line(error)}"

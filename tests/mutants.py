@@ -225,6 +225,34 @@ MUTANTS = (
         "return grad if at.state is None else self.module(grad)",
         ("core/test_exactness.py::test_dropout_does_not_break_exactness",),
     ),
+    Mutant(
+        "a block runs from the buffers that encode left",
+        "engines/block_buffers.py",
+        "owner._buffers[name] = _copy(buffer)  #",
+        "owner._buffers[name] = _copy(owner._buffers[name])  #",
+        ("core/test_exactness.py::test_buffers_that_a_block_updates_do_not_break_exactness",),
+    ),
+    Mutant(
+        "verify compares small quantities absolutely",
+        "verification.py",
+        "scale = max(size, min(rounding, max(1.0, largest)), _SHARE * largest)",
+        "scale = max(size, 1.0)",
+        ("core/test_verification.py::test_a_planted_bug_below_a_vanishing_signal_is_found",),
+    ),
+    Mutant(
+        "verify takes rounding for a difference",
+        "verification.py",
+        "scale = max(size, min(rounding, max(1.0, largest)), _SHARE * largest)",
+        "scale = size",
+        ("core/test_verification.py::test_rounding_is_no_difference",),
+    ),
+    Mutant(
+        "a forward of the instance's own is overlooked",
+        "engines/closed_form.py",
+        'return "forward" in module.__dict__',
+        "return False",
+        ("engines/test_layers.py::test_a_module_with_a_forward_of_its_own_is_left_to_autograd",),
+    ),
     # ---- memories
     Mutant(
         "stale memory: the inverse is not renewed",

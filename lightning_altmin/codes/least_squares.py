@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 from lightning_altmin.codes.elementwise import INVERTIBLE, activation_move, is_invertible
+from lightning_altmin.engines import has_own_forward
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
 
@@ -63,7 +64,7 @@ class LeastSquaresCodes(CodeSolver):
         for stage in stages[1:]:
             activations = [m for m in stage.transfer if not isinstance(m, _RESHAPES)]
             odd = [m for m in activations if not is_invertible(m)] + activations[1:]
-            odd += [m for m in stage.affine if type(m) is not nn.Linear] + stage.affine[1:]
+            odd += [m for m in stage.affine if type(m) is not nn.Linear or has_own_forward(m)] + stage.affine[1:]
             if odd:
                 raise ValueError(
                     f"codes=LeastSquaresCodes needs one activation of {[t.__name__ for t in INVERTIBLE]} and one "

@@ -18,7 +18,14 @@ from lightning_altmin.engines import (  # noqa: F401
 )
 from lightning_altmin.engines.autograd import AutogradEngine
 from lightning_altmin.engines.base import BatchState, CouplingGradient, Gradients, StageEngine, StageMap
-from lightning_altmin.engines.closed_form import ClosedFormEngine, closed_form, has_closed_form, rule_for
+from lightning_altmin.engines.closed_form import (
+    ClosedFormEngine,
+    closed_form,
+    has_closed_form,
+    has_own_forward,
+    rule_for,
+    runs_more_than_its_type,
+)
 from lightning_altmin.engines.rule import Rule
 from lightning_altmin.engines.shared_samples import SharedSamples
 from lightning_altmin.engines.summed import SummedMap
@@ -39,7 +46,9 @@ __all__ = [
     "SummedMap",
     "closed_form",
     "has_closed_form",
+    "has_own_forward",
     "rule_for",
+    "runs_more_than_its_type",
     "stage_engine",
 ]
 

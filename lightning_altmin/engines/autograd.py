@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import batch_norm_state
+from lightning_altmin.engines import batch_norm_state, block_buffers
 from lightning_altmin.engines.base import BatchState, Gradients, StageEngine, StageMap
 from lightning_altmin.engines.block_batch_norms import BlockBatchNorms, SharedBlockBatchNorms
 from lightning_altmin.engines.shared_samples import SharedSamples
 
 
 @dataclass
+class _Start:
+    """What encode began from with some samples: the random state if it drew from it, and the block's buffers."""
+
+    samples: int
+    random: list[Tensor] | None
+    buffers: block_buffers.Kept
+
+    @contextmanager
+    def again(self, device: torch.device) -> Iterator[None]:
+        """Begin from the same, then put back what was there."""
+        random = nullcontext() if self.random is None else _replayed(self.random, device)
+        with random, block_buffers.restarted(self.buffers):
+            yield
+
+
+@dataclass
 class _State:
-    """What a batch fixed in the stage: BatchNorm statistics, and the random state before encode if encode used it."""
+    """What a batch fixed in the stage: BatchNorm statistics, and where encode began, one start for each of its parts.
+
+    ``writes`` tells whether encode wrote to buffers, by which a sample's output may depend on the others.
+    """
 
     statistics: batch_norm_state.Statistics
-    random: list[tuple[int, list[Tensor]]] | None
-    """Where random numbers are drawn: sizes of the parts that were encoded, with the random state before each."""
+    starts: list[_Start]
+    writes: bool
 
 
 class AutogradMap(StageMap):
@@ -37,7 +56,7 @@ class AutogradMap(StageMap):
         mixed: BlockBatchNorms | None = None,
     ) -> None:
         self._evaluate = evaluate
-        self._mixed = mixed  # those by which a sample's output depends on the other samples, if any do
+        self._mixed = mixed  # over which samples a size is taken, if a sample's output depends on the others
         self._modules = modules
         self._base, self._move = x.detach(), move
         self._x = self._base if move is None else self._base + move
@@ -56,7 +75,7 @@ class AutogradMap(StageMap):
         # The difference of two outputs loses the digits of a move that is small beside the code. So a small move is
         # lengthened to the root of the precision, where rounding and curvature spoil the difference alike and little,
         # and the difference shortened again. Less than twice as long gains no digit, and could only carry a sample
-        # across a kink that its move does not reach. Samples that a live BatchNorm mixes share one factor.
+        # across a kink that its move does not reach. Samples that are mixed, as by a live BatchNorm, share one factor.
         root = torch.finfo(move.dtype).eps ** 0.5
         size = _size_by_sample if self._mixed is None else self._mixed.size
         ratio = size(base) / size(move)
@@ -108,7 +127,8 @@ class AutogradEngine(StageEngine):
     """Evaluates a stage by calling its modules and differentiates it with autograd, one stage at a time.
 
     Random modules without an explicit mask are handled by replaying the random state that encode started from, so
-    a batch sees one mask in all its phases.
+    a batch sees one mask in all its phases. Buffers that the block updates are handled alike: every phase runs it from
+    copies of what encode started from, so a batch sees one function.
     """
 
     kind: ClassVar[str] = "autograd"
@@ -121,8 +141,8 @@ class AutogradEngine(StageEngine):
         self._inplace = any(getattr(m, "inplace", False) for module in self._modules for m in module.modules())
 
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
-        before = _random_state(x.device)
-        version = x._version
+        before, buffers = _random_state(x.device), block_buffers.kept(self._stateful)
+        version, versions = x._version, block_buffers.versions(self._stateful)
         with torch.no_grad(), self._batch_norms.captured() as statistics:
             output = self._run(x)
         if x._version != version:
@@ -131,7 +151,8 @@ class AutogradEngine(StageEngine):
                 "needed; use the out-of-place function, or an activation module, whose inplace=True is handled"
             )
         used = any(not torch.equal(a, b) for a, b in zip(before, _random_state(x.device), strict=True))
-        return output, _State(statistics, [(x.shape[0], before)] if used else None)
+        start = _Start(x.shape[0], before if used else None, buffers)
+        return output, _State(statistics, [start], block_buffers.versions(self._stateful) != versions)
 
     def share(self, samples: SharedSamples | None) -> None:
         norms = self._norms
@@ -140,14 +161,14 @@ class AutogradEngine(StageEngine):
     def joined(self, states: Sequence[BatchState]) -> BatchState:
         if len(states) > 1 and any(state.statistics for state in states):
             raise ValueError("a BatchNorm in training mode normalises by the whole batch, which was encoded in parts")
-        drawn = [part for state in states for part in state.random or ()]
-        return _State(states[0].statistics, drawn or None)
+        starts = [start for state in states for start in state.starts]
+        return _State(states[0].statistics, starts, any(state.writes for state in states))
 
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        return self._map(x, state, lambda: self._batch_norms.held(state.statistics), move)
+        return self._map(x, state, lambda: self._batch_norms.held(state.statistics), move, _mixed(state))
 
     def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
-        mixed = self._batch_norms if state.statistics else None
+        mixed = self._batch_norms if state.statistics else _mixed(state)
         return self._map(x, state, self._batch_norms.live, move, mixed)
 
     def _map(
@@ -155,19 +176,22 @@ class AutogradEngine(StageEngine):
         x: Tensor,
         state: _State,
         norms: Callable[[], AbstractContextManager[None]],
-        move: Tensor | None = None,
-        mixed: BlockBatchNorms | None = None,
+        move: Tensor | None,
+        mixed: BlockBatchNorms | None,
     ) -> StageMap:
         def evaluate(inputs: Tensor) -> Tensor:
-            with norms(), batch_norm_state.unchanged(self._stateful):
-                return self._run(inputs) if state.random is None else self._replay(inputs, state.random)
+            with norms():
+                return self._run_again(inputs, state.starts)
 
         return AutogradMap(evaluate, x, self._modules, move, mixed)
 
-    def _replay(self, x: Tensor, parts: list[tuple[int, list[Tensor]]]) -> Tensor:
+    def _run_again(self, x: Tensor, starts: list[_Start]) -> Tensor:
+        if not any(start.random or start.buffers for start in starts):
+            return self._run(x)
         outputs = []
-        for part, (_, states) in zip(torch.split(x, [size for size, _ in parts]), parts, strict=True):
-            with _replayed(states, x.device):
+        parts = [x] if len(starts) == 1 else torch.split(x, [start.samples for start in starts])
+        for part, start in zip(parts, starts, strict=True):
+            with start.again(x.device):
                 outputs.append(self._run(part))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -177,6 +201,11 @@ class AutogradEngine(StageEngine):
         for module in self._modules:
             x = module(x)
         return x
+
+
+def _mixed(state: _State) -> BlockBatchNorms | None:
+    """What mixes the samples of this process, apart from BatchNorms: buffers that their run writes to."""
+    return BlockBatchNorms([]) if state.writes else None
 
 
 def _size_by_sample(values: Tensor) -> Tensor:

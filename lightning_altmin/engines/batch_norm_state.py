@@ -90,21 +90,6 @@ def captured(norms: Sequence[BatchNorm]) -> Iterator[Statistics]:
 
 
 @contextmanager
-def unchanged(owners: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back the buffers of ``owners``: running state of other kinds advances in encode only, too."""
-    before = [
-        (owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items() if buffer is not None
-    ]
-    for owner, name, buffer in before:
-        owner._buffers[name] = buffer.clone()  # the block may write to the copy, also inside a graph
-    try:
-        yield
-    finally:
-        for owner, name, buffer in before:
-            owner._buffers[name] = buffer
-
-
-@contextmanager
 def held(norms: Sequence[BatchNorm], statistics: Statistics) -> Iterator[None]:
     """Make each BatchNorm the fixed affine map of the given batch statistics."""
     before = [(norm, norm.training, norm.running_mean, norm.running_var) for norm in norms]

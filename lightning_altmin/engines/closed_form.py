@@ -106,8 +106,21 @@ def rule_for(module: nn.Module) -> Rule:
 
 
 def has_closed_form(module: nn.Module) -> bool:
-    """Whether a rule covers this module as it stands: its type, its options, and no hooks that change its result."""
-    if type(module) not in _RULES or module._forward_hooks or module._forward_pre_hooks:
+    """Whether a rule covers this module as it stands: its type, its options, and nothing that may change its result.
+
+    That is a hook, or a ``forward`` of the instance's own in the place of its type's.
+    """
+    if type(module) not in _RULES or runs_more_than_its_type(module):
         return False
     condition = _CONDITIONS.get(type(module))
     return condition is None or condition(module)
+
+
+def runs_more_than_its_type(module: nn.Module) -> bool:
+    """Whether calling the module runs something that its type does not tell: forward hooks, or a replaced forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether ``forward`` was replaced on this instance (``module.forward = ...``)."""
+    return "forward" in module.__dict__

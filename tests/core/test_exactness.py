@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,6 +112,47 @@ def test_live_batch_norm_restores_the_theorem(engine: str) -> None:
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in pairs) == holds
     with pytest.raises(ValueError, match="batch_norm must be 'fixed' or 'live', got 'eval'"):
         CodedNetwork(module, batch_norm="eval")  # type: ignore[arg-type]
+
+
+class MovingMean(nn.Module):
+    """Takes away a mean that every batch moves."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return x - self.mean
+
+
+UPDATES_BUFFERS: dict[str, Callable[[], list[nn.Module]]] = {
+    "spectral norm": lambda: [nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))],
+    "spectral norm by a hook": lambda: [nn.utils.spectral_norm(nn.Linear(16, 16))],
+    "moving mean": lambda: [MovingMean(16), nn.Linear(16, 16), MovingMean(16)],
+}
+
+
+@pytest.mark.parametrize("name", UPDATES_BUFFERS)
+def test_buffers_that_a_block_updates_do_not_break_exactness(name: str) -> None:
+    """Catches later phases that see the block one update further than encode, and buffers that they advance.
+
+    Backprop runs the block once per batch: a twin's gradient from the same buffers, and its buffers, are the oracle.
+    """
+    module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), *UPDATES_BUFFERS[name](), nn.Tanh(), nn.Linear(16, 4)).double()
+    twin = copy.deepcopy(module)
+    before = [buffer.clone() for buffer in module.buffers()]
+    core = AltMin(module, nn.CrossEntropyLoss(), codes=GradientCodes(1, 1.0), weights=LocalGradient(inputs="forward"))
+    for _ in range(3):
+        x, y = torch.randn(9, 8, dtype=torch.float64) + 1, torch.randint(4, (9,))
+        expected = backprop(twin, nn.CrossEntropyLoss(), x, y)
+        module.zero_grad()
+        for ours, theirs in zip(local_gradients(core, x, y), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * float(theirs.abs().max()))
+        for ours, theirs, old in zip(module.buffers(), twin.buffers(), before, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+            assert not torch.equal(ours, old)
 
 
 def test_moved_inputs_are_not_backprop() -> None:

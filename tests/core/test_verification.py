@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin import AltMin, AltMinObjective
+from lightning_altmin import AltMin, AltMinObjective, CodedNetwork
 from lightning_altmin.engines.conv import ConvRule
 from lightning_altmin.engines.dropout import DropoutRule
 from lightning_altmin.engines.linear import LinearRule
 from lightning_altmin.engines.normalization import FixedBatchNormRule, LiveBatchNormRule
-from lightning_altmin.nn import LeNet5
+from lightning_altmin.nn import MLP, LeNet5
 from lightning_altmin.verification import EngineMismatchError, Verification
 from tests.core.comparisons import assert_bit_equal
 
@@ -110,6 +110,72 @@ def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     core.verify(x, y)
     monkeypatch.setattr(rule, method, plant(getattr(rule, method)))
     with pytest.raises(EngineMismatchError, match=r"engines differ by"):
+        core.verify(x, y)
+
+
+def test_a_planted_bug_below_a_vanishing_signal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches differences taken absolutely, or beside what other stages have: sixteen sigmoids leave the first layer
+    gradients below 1e-10, and their wrong sign is the relative error 2. Before, autograd and the rules agree.
+    """
+    core = AltMin(MLP(20, [30] * 16, 5, activation="sigmoid"), nn.CrossEntropyLoss())
+    x, y = torch.randn(32, 20), torch.randint(5, (32,))
+    assert core.verify(x, y).largest <= 1e-12
+    first = core.coded.stages[0]
+    right = LinearRule.parameter_gradients
+
+    def wrong(self: LinearRule, *args: Any) -> Any:
+        gradients = right(self, *args)
+        if self.module.in_features != 20:
+            return gradients
+        assert all(float(gradient.abs().max()) < 1e-10 for _, gradient in gradients)
+        return [(parameter, -gradient) for parameter, gradient in gradients]
+
+    monkeypatch.setattr(LinearRule, "parameter_gradients", wrong)
+    differences = core.verify(x, y, tolerance=3.0).differences
+    wrong_ones = [(stage, d) for stage, _, d in differences if d > 1e-12]
+    assert [stage for stage, _ in wrong_ones] == [first.name] * 2  # weight and bias
+    assert all(0.1 < d < 2 + 1e-9 for _, d in wrong_ones)  # roundings of sixteen layers may tell a size above its own
+    with pytest.raises(EngineMismatchError, match="engines differ by"):
+        core.verify(x, y)
+
+
+@pytest.mark.parametrize("batch_norm", ["fixed", "live"])
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rounding_is_no_difference(dtype: torch.dtype, size: float, batch_norm: Any) -> None:
+    """Catches alarms at gradients that are 0 but for rounding: biases before a BatchNorm, both parameters of a layer
+    with one input before one, running means of inputs whose mean is 0; in data of any size.
+    """
+    network = nn.Sequential(
+        nn.BatchNorm1d(20), nn.Linear(20, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 1),
+        nn.BatchNorm1d(1, affine=False), nn.Tanh(), nn.Linear(1, 9), nn.BatchNorm1d(9, affine=False), nn.Sigmoid(),
+        nn.Linear(9, 5),
+    ).to(dtype)  # fmt: skip
+    x = torch.randn(16, 20, dtype=dtype)
+    x = (x - x.mean(0)) / x.std(0) * size
+    core = AltMin(CodedNetwork(network, batch_norm=batch_norm), nn.MSELoss())
+    assert core.verify(x, torch.randn(16, 5, dtype=dtype) * size).largest <= 1e-12
+
+
+def test_nothing_is_no_difference() -> None:
+    """Catches 0 / 0: parameters that are all 0 have no gradients below the output layer."""
+    core, (x, y) = AltMin(model(), nn.CrossEntropyLoss()), data()
+    with torch.no_grad():
+        for parameter in core.network.parameters():
+            parameter.zero_()
+    assert 0 <= core.verify(x, y).largest <= 1e-12
+
+
+def test_a_gradient_where_there_is_none_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a scale of 0 that excuses everything: below a layer of zeros all gradients are 0, and 1e-30 is wrong."""
+    core = AltMin(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), nn.CrossEntropyLoss())
+    with torch.no_grad():
+        core.network[2].weight.zero_()
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    assert core.verify(x, y).largest <= 1e-12
+    right = LinearRule.input_gradient
+    monkeypatch.setattr(LinearRule, "input_gradient", lambda self, *args: right(self, *args) + 1e-30)
+    with pytest.raises(EngineMismatchError, match="differ by inf"):
         core.verify(x, y)
 
 

@@ -90,6 +90,72 @@ def test_a_batch_norm_used_twice_in_a_stage_is_refused() -> None:
         stage_engine([Twice()]).encode(torch.randn(4, 3))
 
 
+class Written(nn.Module):
+    """A mean that moves with each batch, taken from it: by writing to its buffer, or by setting a new one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("mean", None if how == "first" else torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean is None:
+            self.mean = x.detach().mean(0)
+        elif self.how == "written":
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        elif self.how == "written past autograd":
+            self.mean.data.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("how", ["written", "written past autograd", "replaced", "first"])
+def test_every_phase_starts_from_encodes_buffers(how: str) -> None:
+    """Catches later phases that run a block from where encode left its buffers, one update further, and advance them.
+
+    By hand: the mean m becomes 0.9 m + 0.1 x.mean(0), and x - m has the gradient of x. A batch encoded in parts has
+    a mean for each.
+    """
+    engine = stage_engine([Written(how)])
+    module, expected = engine._modules[0], torch.zeros(4, dtype=torch.float64)
+    states, outputs, inputs = [], [], []
+    for number in range(3):
+        x = torch.randn(6, 4, dtype=torch.float64) + 3
+        expected = x.mean(0) if how == "first" and number == 0 else expected
+        expected = expected if how == "first" and number == 0 else 0.9 * expected + 0.1 * x.mean(0)
+        output, state = engine.encode(x)
+        torch.testing.assert_close(output, x - expected, rtol=0, atol=1e-14)
+        for view in (engine.fixed, engine.live):
+            assert torch.equal(view(x, state).output(), output)
+            assert torch.equal(view(x, state).input_gradient(2 * x), 2 * x)
+        use_everywhere(engine, x, state)
+        torch.testing.assert_close(module.mean, expected, rtol=0, atol=1e-14)
+        states.append(state)
+        outputs.append(output)
+        inputs.append(x)
+    whole = engine.fixed(torch.cat(inputs), engine.joined(states))
+    assert torch.equal(whole.output(), torch.cat(outputs))
+    torch.testing.assert_close(module.mean, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_a_block_that_writes_buffers_moves_all_samples_by_one_factor(how: str) -> None:
+    """Catches small moves lengthened by a factor for each sample where samples meet in a buffer.
+
+    By hand: x + d - 0.1 (x + d).mean(0) changes by d - 0.1 d.mean(0), though one sample's d is a thousand times longer.
+    """
+    engine = stage_engine([Written(how)])
+    x = torch.randn(6, 4, dtype=torch.float64)
+    move = 1e-12 * torch.randn_like(x)
+    move[0] *= 1000
+    output, state = engine.encode(x)
+    for view in (engine.fixed, engine.live):
+        change = view(x, state, move).change(output)
+        expected = move - 0.1 * move.mean(0)
+        torch.testing.assert_close(change, expected, rtol=0, atol=1e-6 * float(move.abs().max()))
+
+
 DROPOUTS = {n: c for n, c in CASES.items() if n.startswith("dropout") and n not in ("dropout-eval", "dropout-nothing")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -185,6 +186,20 @@ def test_a_module_with_hooks_is_left_to_autograd() -> None:
         assert stage_engine([linear]).kind == "closed_form"
         getattr(linear, register)(lambda *args: None)
         assert stage_engine([linear]).kind == "autograd"
+
+
+def test_a_module_with_a_forward_of_its_own_is_left_to_autograd() -> None:
+    """Catches a closed form of the type's forward where the instance's was replaced: it is 2 W x, not W x."""
+    linear = nn.Linear(3, 2, bias=False).double()
+    linear.forward = MethodType(lambda self, x: 2 * x @ self.weight.t(), linear)  # type: ignore[method-assign]
+    assert not has_closed_form(linear)
+    with pytest.raises(ValueError, match="no rule"):
+        stage_engine([linear], "closed_form")
+    engine, x = stage_engine([linear]), torch.randn(4, 3, dtype=torch.float64)
+    output, state = engine.encode(x)
+    torch.testing.assert_close(output, 2 * x @ linear.weight.t(), rtol=0, atol=1e-14)
+    gradient = engine.fixed(x, state).input_gradient(output)
+    torch.testing.assert_close(gradient, 2 * output @ linear.weight, rtol=0, atol=1e-14)
 
 
 def test_an_unknown_engine_is_refused() -> None:
