@@ -44,6 +44,8 @@ class CompiledBatch:
             )
         self._core, self._mode = core, mode
         self.check_stages()
+        for stage in core.coded.stages:
+            stage.engine.suit_compiler()
         self._output_shapes: dict[torch.Size, torch.Size] = {}
         self._function: Any = None
 

@@ -106,6 +106,9 @@ class StageEngine(ABC):
         if samples is not None:
             raise ValueError(f"{type(self).__name__} does not define share, so that BatchNorms cannot be synchronised")
 
+    def suit_compiler(self) -> None:  # noqa: B027  (most have nothing to suit)
+        """Be a part of a compiled function from now on."""
+
     @abstractmethod
     def fixed(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
         """The stage at ``x``, or at ``x + move``, with the batch's state held fixed (code step)."""

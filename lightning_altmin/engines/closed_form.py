@@ -22,8 +22,7 @@ class ClosedFormEngine(StageEngine):
     reads_base_output: ClassVar[bool] = False
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._fixed = [rule_for(m) for m in pooled_first(modules)]
-        self._live = [rule.live() for rule in self._fixed]
+        self._use([rule_for(m) for m in pooled_first(modules)])
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, BatchState]:
@@ -34,8 +33,14 @@ class ClosedFormEngine(StageEngine):
         return x, states
 
     def share(self, samples: SharedSamples | None) -> None:
-        self._fixed = [rule.shared(samples) for rule in self._fixed]
-        self._live = [rule.live() for rule in self._fixed]
+        self._use([rule.shared(samples) for rule in self._fixed])
+
+    def suit_compiler(self) -> None:
+        self._use([rule.compiled() for rule in self._fixed])
+
+    def _use(self, rules: list[Rule]) -> None:
+        self._fixed = rules
+        self._live = [rule.live() for rule in rules]
 
     def joined(self, states: Sequence[BatchState]) -> BatchState:
         return [rule.joined(parts) for rule, parts in zip(self._fixed, zip(*states, strict=True), strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,6 +114,9 @@ class TiledMaxPool2dRule(Rule):
         entries[-1].copy_(grad)
         return gradient
 
+    def compiled(self) -> Rule:
+        return FusedTiledMaxPool2dRule(self.module)
+
     def _entries(self, x: Tensor) -> list[Tensor]:
         """The first entry of every tile, the second, and so on along rows; what fills no tile is left out."""
         height, width = _pair(self.module.kernel_size)
@@ -129,6 +133,43 @@ class TiledMaxPool2dRule(Rule):
         for entry in others:
             torch.maximum(y, entry, out=y)
         return y
+
+
+class FusedTiledMaxPool2dRule(TiledMaxPool2dRule):
+    """The same for a compiler, which fuses expressions, and does badly with writes to every second entry."""
+
+    def change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        entries = zip(self._entries(base.x), self._entries(difference), strict=True)
+        moved = [move - (base.y - entry) for entry, move in entries]
+        change = functools.reduce(torch.maximum, moved)
+        here.found(base.y + change, (moved, change))
+        return change
+
+    def last_change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
+        return self.change(difference, base, here)
+
+    def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        entries, largest = (self._entries(at.x), at.y) if at.saved is None else at.saved
+        parts = []
+        for entry in entries[:-1]:
+            rest = torch.where(entry < largest, grad, 0)
+            parts.append(grad - rest)
+            grad = rest
+        return self._image([*parts, grad], at.x)
+
+    def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
+        return self.input_gradient(grad, at)
+
+    def _image(self, entries: list[Tensor], like: Tensor) -> Tensor:
+        """The image of which these are the `_entries`, zero where no tile is, shaped like ``like``."""
+        height, width = _pair(self.module.kernel_size)
+        rows = [torch.stack(entries[r * width :][:width], -1).flatten(-2) for r in range(height)]
+        image = torch.stack(rows, -2).flatten(-3, -2)
+        right, below = like.shape[-1] - image.shape[-1], like.shape[-2] - image.shape[-2]
+        return functional.pad(image, (0, right, 0, below)) if right or below else image
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        return functools.reduce(torch.maximum, self._entries(x))
 
 
 class _Tiles:

@@ -85,6 +85,10 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
         """The rule to use in the weight step; differs from this one only where batch statistics are recomputed."""
         return self
 
+    def compiled(self) -> Rule:
+        """The rule to use in a compiled function; differs from this one only where the compiler does better with it."""
+        return self
+
     def shared(self, samples: SharedSamples | None) -> Rule:
         """The rule where other processes have the rest of a batch; ``None``: this process has all of it.
 

@@ -69,6 +69,7 @@ LAYERS: dict[str, Case] = {
     "conv3d": Case(lambda: nn.Conv3d(2, 3, 2), (2, 2, 3, 4, 3)),
     "conv3d-options": Case(lambda: nn.Conv3d(2, 4, 2, 2, 1, groups=2, bias=False), (2, 2, 4, 3, 4)),
     "max-pool": Case(lambda: nn.MaxPool2d(2), (2, 3, 6, 4)),
+    "max-pool-left-over": Case(lambda: nn.MaxPool2d((3, 2)), (2, 3, 7, 5)),
     "max-pool-overlap": Case(lambda: nn.MaxPool2d(3, stride=1), (2, 3, 6, 5)),
     "max-pool-padding": Case(lambda: nn.MaxPool2d(3, stride=2, padding=1), (2, 3, 6, 5)),
     "max-pool-dilation": Case(lambda: nn.MaxPool2d(2, stride=(1, 2), dilation=(2, 1)), (2, 3, 6, 5)),
