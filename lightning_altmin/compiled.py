@@ -109,9 +109,11 @@ class CompiledBatch:
                 ) from error
         # A code object of its own: torch.compile counts recompilations per code object; models must not share them.
         whole_batch = FunctionType(_whole_batch.__code__.replace(), globals())
-        mode = None if self._mode is True else str(self._mode)
+        options = {} if self._mode is True else torch._inductor.list_mode_options(str(self._mode))
+        if device.type == "cpu":  # poolings between convolutions of few channels: channels last cost them half again
+            options["layout_optimization"] = False
         # Static shapes: the last, smaller batch gets a graph of its own.
-        compiled: Any = torch.compile(whole_batch, fullgraph=True, dynamic=False, mode=mode)
+        compiled: Any = torch.compile(whole_batch, fullgraph=True, dynamic=False, options=options)
         return functools.partial(compiled, self._core)
 
     def _check(self, x: Tensor, y: Any) -> None:

@@ -60,6 +60,11 @@ class AltMinObjective(nn.Module):
         """Whether the coupling of codes is the squared distance above, and no other that a subclass defines."""
         return type(self).code_coupling_gradient is AltMinObjective.code_coupling_gradient
 
+    @property
+    def treats_entries_alike(self) -> bool:
+        """Whether the code step's own terms treat all entries of a sample's code alike, wherever they stand."""
+        return self.lambda_c == 0 and type(self).code_anchor_gradient is AltMinObjective.code_anchor_gradient
+
     # ---- code step: gradients of J / mu, summed over samples ----
 
     def code_loss_gradient(self, loss: LossAt) -> Tensor:

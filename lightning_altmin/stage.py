@@ -120,12 +120,15 @@ class Stage:
         return self.engine.live(x, state, move) if self._live_in_code_step else self.engine.fixed(x, state, move)
 
     def repeated_coupling(
-        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
+        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int, any_order: bool = False
     ) -> CouplingGradient | None:
-        """A cheaper way to this many gradients of the coupling, as the code step sees it; ``None`` if there is none."""
+        """A cheaper way to this many gradients of the coupling, as the code step sees it; ``None`` if there is none.
+
+        With ``any_order`` it may be one that has an order of entries of its own.
+        """
         if self._live_in_code_step:
             return None
-        return self.engine.repeated_coupling(base, state, target_move, gradients)
+        return self.engine.repeated_coupling(base, state, target_move, gradients, any_order)
 
     def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
         """The stage at ``x``, or at ``x + move``, as the weight step sees it."""

@@ -78,11 +78,25 @@ class CodeProblem:
             raise ValueError("the top code has no target: the stage above it is judged by the loss")
         return self.forward_output + self.target_move
 
-    def expect(self, gradients: int) -> None:
-        """Say how many gradients will be asked for: from some number on, a linear stage has a cheaper way to them."""
+    def expect(self, gradients: int, any_order: bool = False) -> None:
+        """Say how many gradients will be asked for: from some number on, some stages have a cheaper way to them.
+
+        Args:
+            gradients: Their number.
+            any_order: The solver treats all entries of a sample alike, asks for nothing but gradients (where the
+                problem does not measure), and returns its move by `restored`: then gradients and moves may be in
+                another order than the code's, samples first.
+        """
         squares = self.target_margins is None and self.objective.couples_by_squares
         if gradients > 1 and self.target_move is not None and squares:
-            self._coupling = self.above.repeated_coupling(self.forward, self.state, self.target_move, gradients)
+            any_order = any_order and not self.measures and self.objective.treats_entries_alike
+            self._coupling = self.above.repeated_coupling(
+                self.forward, self.state, self.target_move, gradients, any_order
+            )
+
+    def restored(self, move: Tensor) -> Tensor:
+        """A move that was made of gradients, in the order of the code."""
+        return move if self._coupling is None else self._coupling.restored(move)
 
     def gradient(self, move: Tensor | None = None) -> Tensor:
         """Gradient of ``J / mu``, summed over samples, at ``forward + move``; without a move it costs no forward."""

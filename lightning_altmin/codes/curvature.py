@@ -72,7 +72,7 @@ class CurvatureCodes(CodeSolver):
 
     def solve(self, problem: CodeProblem) -> Tensor:
         rate = self.share / self.curvature[problem.level]
-        problem.expect(self.steps)
+        problem.expect(self.steps, any_order=True)
         gradient = problem.gradient()
         if problem.measures:
             self._measure(problem, gradient)
@@ -81,7 +81,7 @@ class CurvatureCodes(CodeSolver):
             move.sub_(problem.gradient(move).mul_(rate))
         # n steps against the anchor alone: the share of the code's whole way that they cover.
         problem.rate = rate if self.steps == 1 else 1 - (1 - rate) ** self.steps
-        return move
+        return problem.restored(move)
 
     def measured(self) -> list[Tensor]:
         return [self._sums]

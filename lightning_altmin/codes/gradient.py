@@ -64,7 +64,7 @@ class GradientCodes(CodeSolver):
 
     def solve(self, problem: CodeProblem) -> Tensor:
         move = velocity = None
-        problem.expect(self.steps)
+        problem.expect(self.steps, any_order=True)
         # Where samples of other processes take part in a step, all processes must take equally many.
         far = None if self.tol is None else _Far(self.tol, asks=not problem.above.mixes_processes_in_code_step)
         for _ in range(self.steps):
@@ -80,7 +80,7 @@ class GradientCodes(CodeSolver):
             move = change if move is None else move.add_(change)
         assert move is not None  # steps >= 1
         problem.steps = None if far is None else far.steps
-        return move
+        return problem.restored(move)
 
     def extra_repr(self) -> str:
         settings = f"steps={self.steps}, lr={float(self.lr):g}, momentum={self.momentum:g}, nesterov={self.nesterov}"

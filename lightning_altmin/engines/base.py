@@ -60,11 +60,19 @@ class StageMap(ABC):
 
 
 class CouplingGradient(ABC):
-    """Gradient of ``1/2 ||f(c) - f(c_forward) - t||^2`` with respect to a stage's input, asked for many times."""
+    """Gradient of ``1/2 ||f(c) - f(c_forward) - t||^2`` with respect to a stage's input, asked for many times.
+
+    Moves and gradients may have their entries in an order of the coupling's own, the batch first: then `restored`
+    differs.
+    """
 
     @abstractmethod
     def __call__(self, move: Tensor | None) -> Tensor:
         """At ``c = c_forward + move``; ``None`` is no move. A new tensor, which the caller may overwrite."""
+
+    def restored(self, move: Tensor) -> Tensor:
+        """A move in the order of the code."""
+        return move
 
 
 class StageEngine(ABC):
@@ -114,9 +122,12 @@ class StageEngine(ABC):
         """The stage at ``x``, or at ``x + move``, with the batch's state held fixed (code step)."""
 
     def repeated_coupling(
-        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
+        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int, any_order: bool = False
     ) -> CouplingGradient | None:
-        """A cheaper way to this many gradients of the coupling around ``base``, the state fixed; ``None`` if none."""
+        """A cheaper way to this many gradients of the coupling around ``base``, the state fixed; ``None`` if none.
+
+        With ``any_order`` it may be one that has an order of entries of its own.
+        """
         return None
 
     @abstractmethod

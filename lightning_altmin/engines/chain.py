@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_altmin.engines.base import Gradients, StageMap
+from lightning_altmin.engines.base import CouplingGradient, Gradients, StageMap
 from lightning_altmin.engines.rule import Point, Rule
 
 
@@ -88,3 +88,23 @@ class Chain(StageMap):
             else:
                 difference = here.rule.change(difference, here.base, here)
         return difference
+
+
+class ChainCoupling(CouplingGradient):
+    """Gradient of ``1/2 ||f(c) - f(c_forward) - t||^2`` with respect to ``c``, ``f`` a chain of rules.
+
+    Args:
+        rules: The rules.
+        base: The forward code.
+        states: What encode fixed in ``rules`` for this batch.
+        target_move: ``t``.
+    """
+
+    def __init__(self, rules: Sequence[Rule], base: Tensor, states: Sequence[Any], target_move: Tensor) -> None:
+        self._chain, self._target = Chain(rules, base, states), target_move
+
+    def __call__(self, move: Tensor | None) -> Tensor:
+        if move is None:
+            return self._chain.input_gradient(self._target.neg(), own=True)
+        there = self._chain.moved(move)
+        return there.input_gradient(there.residual(None, self._target), own=True)

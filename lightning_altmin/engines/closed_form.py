@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.engines.base import BatchState, CouplingGradient, StageEngine, StageMap
-from lightning_altmin.engines.chain import Chain
+from lightning_altmin.engines.chain import Chain, ChainCoupling
 from lightning_altmin.engines.gram import GramCoupling, gram_pays
 from lightning_altmin.engines.rule import Rule
 from lightning_altmin.engines.shared_samples import SharedSamples
@@ -49,15 +49,16 @@ class ClosedFormEngine(StageEngine):
         return _chain(self._fixed, x, state, move)
 
     def repeated_coupling(
-        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int
+        self, base: Tensor, state: BatchState, target_move: Tensor, gradients: int, any_order: bool = False
     ) -> CouplingGradient | None:
-        last = self._fixed[-1].module
-        if type(last) is not nn.Linear or target_move.dim() != 2 or not gram_pays(base.shape[0], last, gradients):
-            return None
-        # W^T (W a - t) loses digits as W^T W a - W^T t, too many of them in 16 bits.
-        if torch.is_autocast_enabled(base.device.type):
-            return None
-        return GramCoupling(self._fixed[:-1], last, base, state[:-1], target_move)
+        def coupling(first: int, base: Tensor) -> CouplingGradient | None:
+            return _gram_coupling(self._fixed[first:], base, state[first:], target_move, gradients)
+
+        def above(base: Tensor) -> CouplingGradient:
+            return coupling(1, base) or ChainCoupling(self._fixed[1:], base, state[1:], target_move)
+
+        found = self._fixed[0].coupling(base, state[0], above) if any_order and len(self._fixed) > 1 else None
+        return found or coupling(0, base)
 
     def live(self, x: Tensor, state: BatchState, move: Tensor | None = None) -> StageMap:
         return _chain(self._live, x, state, move)
@@ -66,6 +67,18 @@ class ClosedFormEngine(StageEngine):
 def _chain(rules: Sequence[Rule], x: Tensor, states: Sequence[Any], move: Tensor | None) -> Chain:
     chain = Chain(rules, x, states)
     return chain if move is None else chain.moved(move)
+
+
+def _gram_coupling(
+    rules: Sequence[Rule], base: Tensor, states: Sequence[Any], target_move: Tensor, gradients: int
+) -> GramCoupling | None:
+    last = rules[-1].module
+    if type(last) is not nn.Linear or target_move.dim() != 2 or not gram_pays(base.shape[0], last, gradients):
+        return None
+    # W^T (W a - t) loses digits as W^T W a - W^T t, too many of them in 16 bits.
+    if torch.is_autocast_enabled(base.device.type):
+        return None
+    return GramCoupling(rules[:-1], last, base, states[:-1], target_move)
 
 
 def pooled_first(modules: Sequence[nn.Module]) -> list[nn.Module]:

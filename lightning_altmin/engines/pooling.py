@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
+from lightning_altmin.engines.base import CouplingGradient
 from lightning_altmin.engines.closed_form import closed_form
 from lightning_altmin.engines.rule import Point, Rule, selected
+from lightning_altmin.engines.tiled import TiledCoupling
 
 aten = torch.ops.aten
 
@@ -104,7 +106,7 @@ class TiledMaxPool2dRule(Rule):
     def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         """To the first entry, along rows, that is its tile's largest: the entries before it are smaller."""
         tiles, largest = (_Tiles(at.x, self._entries(at.x)), at.y) if at.saved is None else at.saved
-        gradient = torch.empty_like(tiles.x) if self._fills(tiles.x) else torch.zeros_like(tiles.x)
+        gradient = torch.empty_like(tiles.x) if self.fills(tiles.x) else torch.zeros_like(tiles.x)
         entries = self._entries(gradient)
         for index in range(tiles.count - 1):
             entries[index].copy_(grad)
@@ -117,15 +119,35 @@ class TiledMaxPool2dRule(Rule):
     def compiled(self) -> Rule:
         return FusedTiledMaxPool2dRule(self.module)
 
+    def coupling(
+        self, base: Tensor, state: Any, above: Callable[[Tensor], CouplingGradient]
+    ) -> CouplingGradient | None:
+        if base.dim() != 4 or not self.fills(base):
+            return None
+        maxima, _ = self.forward(base, state)
+        return TiledCoupling(self, base, maxima, above(maxima))
+
+    def by_entries(self, x: Tensor) -> Tensor:
+        """Images of shape ``(batch, channels, height, width)`` as ``(batch, entries, channels, rows, columns)``."""
+        return torch.stack(self._entries(x), 1)
+
+    def image(self, entries: Tensor) -> Tensor:
+        """The images of which these are the `by_entries`, if their tiles fill them."""
+        height, width = _pair(self.module.kernel_size)
+        batch, _, channels, rows, columns = entries.shape
+        tiles = entries.view(batch, height, width, channels, rows, columns).permute(0, 3, 4, 1, 5, 2)
+        return tiles.reshape(batch, channels, rows * height, columns * width)
+
+    def fills(self, x: Tensor) -> bool:
+        """Whether the tiles leave nothing out."""
+        height, width = _pair(self.module.kernel_size)
+        return x.shape[-2] % height == 0 and x.shape[-1] % width == 0
+
     def _entries(self, x: Tensor) -> list[Tensor]:
         """The first entry of every tile, the second, and so on along rows; what fills no tile is left out."""
         height, width = _pair(self.module.kernel_size)
         rows, columns = x.shape[-2] // height, x.shape[-1] // width
         return [x[..., r::height, c::width][..., :rows, :columns] for r in range(height) for c in range(width)]
-
-    def _fills(self, x: Tensor) -> bool:
-        height, width = _pair(self.module.kernel_size)
-        return x.shape[-2] % height == 0 and x.shape[-1] % width == 0
 
     def _pooled(self, x: Tensor) -> Tensor:
         first, second, *others = self._entries(x)
@@ -159,6 +181,11 @@ class FusedTiledMaxPool2dRule(TiledMaxPool2dRule):
 
     def last_input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         return self.input_gradient(grad, at)
+
+    def coupling(
+        self, base: Tensor, state: Any, above: Callable[[Tensor], CouplingGradient]
+    ) -> CouplingGradient | None:
+        return None  # the compiler finds its own order
 
     def _image(self, entries: list[Tensor], like: Tensor) -> Tensor:
         """The image of which these are the `_entries`, zero where no tile is, shaped like ``like``."""

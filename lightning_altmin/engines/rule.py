@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines.base import Gradients
+from lightning_altmin.engines.base import CouplingGradient, Gradients
 from lightning_altmin.engines.shared_samples import SharedSamples
 
 
@@ -88,6 +88,18 @@ class Rule(ABC):  # noqa: B024  (every method has a meaningful default or is ove
     def compiled(self) -> Rule:
         """The rule to use in a compiled function; differs from this one only where the compiler does better with it."""
         return self
+
+    def coupling(
+        self, base: Tensor, state: Any, above: Callable[[Tensor], CouplingGradient]
+    ) -> CouplingGradient | None:
+        """A better coupling of a stage that begins with this rule than a chain's; ``None`` if there is none.
+
+        Args:
+            base: The stage's input.
+            state: What encode fixed in this rule.
+            above: The coupling of the rules that follow, given their input.
+        """
+        return None
 
     def shared(self, samples: SharedSamples | None) -> Rule:
         """The rule where other processes have the rest of a batch; ``None``: this process has all of it.
