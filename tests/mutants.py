@@ -382,6 +382,20 @@ MUTANTS = (
         "multiplier -= self.beta * (z[top] - predicted)",
         ("baselines/test_admm.py::test_a_sweep_is_the_exact_minimum_of_each_block_in_turn",),
     ),
+    Mutant(
+        "pooled code steps put back in another order of entries",
+        "engines/pooling.py",
+        ".permute(0, 3, 4, 1, 5, 2)",
+        ".permute(0, 3, 4, 2, 5, 1)",
+        ("engines/test_tiled.py",),
+    ),
+    Mutant(
+        "equal entries of a tile judged from the last, in a compiled pooling",
+        "engines/pooling.py",
+        "for entry in entries[:-1]:\n            rest = torch.where(entry < largest, grad, 0)",
+        "for entry in entries[:-1]:\n            rest = torch.where(entry <= largest, grad, 0)",
+        ("engines/test_layers.py::test_rules_for_a_compiler_agree_with_autograd",),
+    ),
 )
 
 

@@ -7,14 +7,15 @@ Every row is one run: a suite, a method, a seed (of the network and of the order
 stream and what it cost. Suites, all in a single pass:
 
 - ``split_mnist``: five tasks of two digits, one head (class-incremental; task-incremental accuracy beside it);
+- ``split_mnist_64``: the same on twice as many filters;
 - ``domain_mnist``: the same tasks with labels 0 and 1 in each (domain-incremental);
 - ``permuted_mnist``: ten permutations of pixels, 6000 samples each;
 - ``split_cifar10``: five tasks of two classes on frozen random features, which all methods share;
 - ``bytes``: split_mnist by bytes of state, for the figure.
 
-With ``--tune`` each method's settings are compared, by one seed, on a held-out tenth of ``--share`` of the training
-data, a fifth if not given. Features that learn on drift for as long as a task lasts: tune such methods, and all of
-``permuted_mnist``, with ``--share 1``.
+With ``--tune`` each method's settings are compared, by one seed, on a held-out tenth of the training data. ``--share``
+takes less of them, which is faster and not the same: rates that suit a fifth of a stream need not suit all of it, and
+features that learn on drift for as long as a task lasts.
 """
 
 from __future__ import annotations
@@ -172,12 +173,8 @@ def measure(suite: str, methods: list[str], seeds: int, root: str, out: Path, tu
 def bytes_curve(root: str, seeds: int, out: Path, tuning: Path) -> None:
     """AM-mem with fewer and more filters; replay of more and fewer images on 32 filters."""
     stream = split_mnist(root)
-    frozen, learnt, replayed = (
-        tuned(tuning, "split_mnist", method)
-        for method in ("AM-mem, frozen features", "AM-mem, learnt features", "replay 1000")
-    )
+    frozen, replayed = (tuned(tuning, "split_mnist", method) for method in ("AM-mem, frozen features", "replay 1000"))
     memories = [(f"AM-mem, {size} filters", size, frozen) for size in (2, 4, 8, 16, 24, 32, 38, 64)]
-    memories.append(("AM-mem, 64 learnt filters", 64, learnt))
     for seed, (name, size, settings) in itertools.product(range(seeds), memories):
         if ("bytes", name, str(seed)) not in done(out, "suite", "method", "seed"):
             result = train(memory(conv(seed, channels=size), **settings), stream, seed)
@@ -196,7 +193,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, help="all that make sense if not given")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--share", type=float, default=0.2, help="of the training data, with --tune")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training data, with --tune")
     parser.add_argument("--tuning", type=Path, default=Path("docs/results/continual_tuning.csv"))
     parser.add_argument(
         "--out", type=Path, help="the rows; docs/results/continual.csv, or --tuning's file, if not given"

@@ -62,8 +62,9 @@ def si(network: nn.Sequential, lr: float = 1e-3, strength: float = 10.0) -> Run:
     return Run(backprop(network, lr), [penalty], state_bytes=lambda: penalty.state_bytes)
 
 
-def replay(network: nn.Sequential, lr: float = 1e-3, size: int = 1000) -> Run:
-    replay = Replay(ReservoirBuffer(size), 100)
+def replay(network: nn.Sequential, lr: float = 1e-3, stored: float = 100, size: int = 1000) -> Run:
+    """``stored`` samples of a buffer of ``size`` beside the 100 new ones of a batch."""
+    replay = Replay(ReservoirBuffer(size), int(stored))
     return Run(backprop(network, lr), replay=replay, state_bytes=lambda: replay.buffer.state_bytes)
 
 
@@ -85,8 +86,7 @@ def memory(network: nn.Sequential, lr: float = 0.0, ridge: float = 1e-4, factor:
     callbacks: list[Callback] = [MemoryPolicy("keep")]
     if lr > 0:
         callbacks.append(TaskLearningRates(factor, [stage.name for stage in module.core.coded.stages[:-1]]))
-    held = [b for solver in output.modules() for b in solver.buffers(recurse=False)]
-    return Run(module, callbacks, state_bytes=lambda: sum(b.numel() * b.element_size() for b in held))
+    return Run(module, callbacks, state_bytes=lambda: buffer_bytes(output))
 
 
 def as_joint(run: Run) -> Run:
@@ -107,6 +107,16 @@ def sgd_momentum(lr: float) -> Any:
 
 def orthogonal_am(network: nn.Sequential, lr: float = 0.03, ridge: float = 0.3) -> Run:
     return orthogonal(AltMinModule(network, weights=LocalGradient(sgd_momentum(lr))), ridge)
+
+
+def innovation(network: nn.Sequential, step: float = 0.1, ridge: float = 0.1) -> Run:
+    """AM-mem's innovation form in all layers; its memory counts all tasks alike and protects what they use."""
+    weights = CoactivationMemory(step=step, ridge=ridge, forgetting=1.0)
+    return Run(AltMinModule(network, weights=weights), state_bytes=lambda: buffer_bytes(weights))
+
+
+def buffer_bytes(module: nn.Module) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
 
 
 def orthogonal_sgd(network: nn.Sequential, lr: float = 0.03, ridge: float = 0.3) -> Run:
@@ -136,9 +146,12 @@ METHODS: dict[str, Callable[..., Run]] = {
     "AM-mem, frozen features": memory,
     "AM-mem, joint": lambda network, **settings: as_joint(memory(network, **settings)),
     "AM-mem, learnt features": memory,
+    "AM-mem, innovation form": innovation,
 }
 
 ADAM = grid(lr=(1e-3, 3e-3, 1e-2))
+STORED = (100, 300)
+REPLAY = grid(lr=(1e-3, 3e-3, 1e-2), stored=STORED)
 ORTHOGONAL = grid(lr=(0.03, 0.1), ridge=(0.1, 0.3))
 GRIDS: dict[str, list[dict[str, float]]] = {
     "naive SGD": grid(lr=(0.01, 0.03, 0.1)),
@@ -146,14 +159,15 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     "naive AM-Adam": ADAM,
     "online EWC": grid(lr=(1e-3, 3e-3), strength=(1e3, 1e5, 1e7)),
     "SI": grid(lr=(1e-3, 3e-3), strength=(1e2, 1e4, 1e6)),
-    "replay 200": ADAM,
-    "replay 1000": ADAM,
-    "replay, equal bytes": ADAM,
+    "replay 200": REPLAY,
+    "replay 1000": REPLAY,
+    "replay, equal bytes": REPLAY,
     "joint Adam": ADAM,
     "SGD, orthogonal weights": ORTHOGONAL,
     "AM-SGD, orthogonal weights": ORTHOGONAL,
     "AM-mem, frozen features": grid(ridge=(1e-5, 1e-4, 1e-3)),
-    "AM-mem, joint": grid(ridge=(1e-4,)),
+    "AM-mem, joint": grid(ridge=(1e-5, 1e-4, 1e-3)),
+    "AM-mem, innovation form": grid(step=(0.03, 0.1, 0.3), ridge=(0.1, 0.3, 1.0)),
     "AM-mem, learnt features": [
         {"lr": lr, "ridge": ridge, "factor": 0.0}
         for lr, ridge in ((1e-4, 1e-3), (3e-5, 1e-3), (3e-4, 1e-2), (1e-4, 1e-2))
@@ -170,9 +184,9 @@ GRIDS_OF: dict[str, dict[str, list[dict[str, float]]]] = {
         "naive AM-Adam": LOW,
         "online EWC": grid(lr=(3e-4, 1e-3, 3e-3), strength=(1e1, 1e2, 1e3, 1e4)),
         "SI": grid(lr=(3e-4, 1e-3, 3e-3), strength=(1.0, 10.0, 100.0, 1000.0)),
-        "replay 200": LOW,
-        "replay 1000": LOW,
-        "replay, equal bytes": LOW,
+        "replay 200": grid(lr=(3e-4, 1e-3, 3e-3), stored=STORED),
+        "replay 1000": grid(lr=(1e-3, 3e-3, 1e-2), stored=STORED),
+        "replay, equal bytes": grid(lr=(1e-3, 3e-3, 1e-2), stored=STORED),
         "joint Adam": LOW,
         "SGD, orthogonal weights": WIDER,
         "AM-SGD, orthogonal weights": WIDER,
@@ -182,9 +196,9 @@ GRIDS_OF: dict[str, dict[str, list[dict[str, float]]]] = {
         "naive SGD": grid(lr=(0.01, 0.03, 0.1, 0.3)),
         "online EWC": grid(lr=(1e-3, 3e-3, 1e-2), strength=(1e3, 1e5, 1e7)),
         "SI": grid(lr=(1e-3, 3e-3), strength=(1e0, 1e2, 1e4, 1e6)),
-        "replay 200": HIGH,
-        "replay 1000": HIGH,
-        "replay, equal bytes": HIGH,
+        "replay 200": grid(lr=(3e-3, 1e-2, 3e-2), stored=STORED),
+        "replay 1000": grid(lr=(3e-3, 1e-2, 3e-2), stored=STORED),
+        "replay, equal bytes": grid(lr=(3e-3, 1e-2, 3e-2), stored=STORED),
         "joint Adam": HIGH,
         "AM-mem, frozen features": grid(ridge=(1e-5, 1e-4, 1e-3, 1e-2)),
     },

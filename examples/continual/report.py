@@ -15,6 +15,7 @@ Rows = dict[str, list[dict[str, str]]]
 
 TITLES = {
     "split_mnist": "Split-MNIST, class-incremental",
+    "split_mnist_64": "Split-MNIST, class-incremental, twice as many filters",
     "domain_mnist": "Split-MNIST, domain-incremental",
     "split_cifar10": "Split-CIFAR-10, class-incremental, on frozen random features",
     "permuted_mnist": "Permuted-MNIST, ten tasks of 6000 samples",

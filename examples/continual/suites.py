@@ -106,6 +106,12 @@ HIDDEN = ("AM-mem, learnt features", "AM-SGD, orthogonal weights", "SGD, orthogo
 
 SUITES = {
     "split_mnist": Suite(lambda root, seed: split_mnist(root), conv, 10, memory_bytes(1153, 10) // IMAGE),
+    "split_mnist_64": Suite(
+        lambda root, seed: split_mnist(root),
+        lambda seed, outputs: conv(seed, outputs, 64),
+        10,
+        memory_bytes(36 * 64 + 1, 10) // IMAGE,
+    ),
     "domain_mnist": Suite(
         lambda root, seed: split_mnist(root, labels="local"), conv, 2, memory_bytes(1153, 2) // IMAGE
     ),
