@@ -42,6 +42,7 @@ from lightning_altmin.continual import (
     metrics,
     split_mnist,
 )
+from lightning_altmin.guard import NonFiniteError
 
 
 def train(run: Run, stream: TaskStream, seed: int, part: str = "test", batch_size: int = 100) -> dict[str, float]:
@@ -151,7 +152,11 @@ def tune(suite: str, methods: list[str], root: str, out: Path, share: float) -> 
         for settings in GRIDS_OF.get(suite, {}).get(method, GRIDS[method]):
             row = {"suite": suite, "method": method, "settings": described(settings), "seed": 1000}
             if (suite, method, row["settings"]) not in done(out, "suite", "method", "settings"):
-                write(out, row | train(made(method, suite, 1000, settings), part, 1000, part="val"))
+                try:
+                    result = train(made(method, suite, 1000, settings), part, 1000, part="val")
+                except NonFiniteError:  # rates at which it diverges are the worst ones
+                    result = {"accuracy": 0.0}
+                write(out, row | result)
 
 
 def measure(suite: str, methods: list[str], seeds: int, root: str, out: Path, tuning: Path) -> None:
