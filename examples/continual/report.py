@@ -11,6 +11,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from benchmark import described, tuned
+
 Rows = dict[str, list[dict[str, str]]]
 
 TITLES = {
@@ -74,6 +76,7 @@ def figure(suites: dict[str, Rows], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("docs/results/continual.csv"))
+    parser.add_argument("--tuning", type=Path, default=Path("docs/results/continual_tuning.csv"))
     parser.add_argument("--figure", type=Path, help="where to draw accuracy against bytes")
     arguments = parser.parse_args()
     suites: dict[str, Rows] = defaultdict(lambda: defaultdict(list))
@@ -81,8 +84,10 @@ def main() -> None:
         for row in csv.DictReader(file):
             suites[row["suite"]][row["method"]].append(row)
     for suite, methods in suites.items():
-        for method, rows in methods.items():  # tuned anew: only the latest settings count
-            methods[method] = [row for row in rows if row["settings"] == rows[-1]["settings"]]
+        for method, rows in methods.items():  # tuned anew: only the settings that are best now count
+            if suite != "bytes":
+                chosen = described(tuned(arguments.tuning, suite, method))
+                methods[method] = [row for row in rows if row["settings"] == chosen]
         print(f"**{TITLES[suite]}**\n\n{table(methods)}\n")
     if arguments.figure is not None:
         figure(suites, arguments.figure)
