@@ -104,5 +104,5 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     equals_one_process("mlp", (4, 4), always, WEIGHTS["sgd"], "closed_form", compile=True)
 
 
-def _traced(compile: Any, function: Any, mode: Any, **settings: Any) -> Any:
+def _traced(compile: Any, function: Any, options: Any, **settings: Any) -> Any:
     return compile(function, backend="aot_eager", **settings)
