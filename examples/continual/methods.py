@@ -75,7 +75,7 @@ def joint_adam(network: nn.Sequential, lr: float = 1e-3) -> Run:
 
 def memory(network: nn.Sequential, lr: float = 0.0, ridge: float = 1e-4, factor: float = 0.0) -> Run:
     """AM-mem on the output layer; layers below are trained by AltMin at ``lr``, which falls by ``factor`` per task."""
-    output = CoactivationMemory(form="solve", ridge=ridge, every=20, inputs="forward")
+    output = CoactivationMemory(form="solve", ridge=ridge, every=20, inputs="forward", storage="single")
     if lr == 0:
         for layer in list(network)[:-1]:
             layer.requires_grad_(False)
@@ -178,8 +178,8 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     "joint Adam": ADAM,
     "SGD, orthogonal weights": ORTHOGONAL,
     "AM-SGD, orthogonal weights": ORTHOGONAL,
-    "AM-mem, frozen features": grid(ridge=(1e-5, 1e-4, 1e-3)),
-    "AM-mem, joint": grid(ridge=(1e-5, 1e-4, 1e-3)),
+    "AM-mem, frozen features": grid(ridge=(1e-4, 1e-3)),
+    "AM-mem, joint": grid(ridge=(1e-4, 1e-3)),
     "AM-mem, innovation form": grid(step=(0.03, 0.1, 0.3), ridge=(0.1, 0.3, 1.0)),
     "AM-mem, learnt features": [
         {"lr": lr, "ridge": ridge, "factor": 0.0}
@@ -202,7 +202,7 @@ GRIDS_OF: dict[str, dict[str, list[dict[str, float]]]] = {
         "SGD, orthogonal weights": grid(lr=(0.03, 0.1, 0.2), ridge=(0.1, 0.3), factor=FACTORS),
         "AM-SGD, orthogonal weights": grid(lr=(0.03, 0.1, 0.2), ridge=(0.1, 0.3), factor=FACTORS),
         "AM-mem, innovation form": grid(step=(0.1, 0.2, 0.3), ridge=(0.1, 0.3), factor=FACTORS),
-        "AM-mem, frozen features": grid(ridge=(1e-4, 1e-3, 1e-2)),
+        "AM-mem, frozen features": grid(ridge=(1e-4, 1e-3)),
     },
     "split_cifar10": {
         "naive SGD": grid(lr=(0.01, 0.03, 0.1, 0.3)),
@@ -212,7 +212,34 @@ GRIDS_OF: dict[str, dict[str, list[dict[str, float]]]] = {
         "replay 1000": grid(lr=(3e-3, 1e-2, 3e-2), stored=STORED),
         "replay, equal bytes": grid(lr=(3e-3, 1e-2, 3e-2), stored=STORED),
         "joint Adam": grid(lr=(1e-3, 3e-3, 1e-2, 3e-2)),
-        "AM-mem, frozen features": grid(ridge=(1e-5, 1e-4, 1e-3, 1e-2)),
     },
 }
 """Where a suite's grid is another one."""
+
+# ---------------------------------------------------------------- settings beyond a grid's edge
+
+LADDERS: dict[str, tuple[float, ...]] = {
+    "lr": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+    "strength": (0.1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10),
+    "ridge": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "step": (0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0),
+    "stored": (30, 100, 300, 900),
+    "factor": (0.3, 0.5, 0.65, 0.8, 0.9, 1.0),
+}
+"""The values that a setting may take when the search goes on from the best of a grid."""
+
+LIMITS: dict[tuple[str, str], tuple[float, float]] = {
+    ("AM-mem, innovation form", "ridge"): (0.1, 10.0),  # what the memory allows
+    ("replay 200", "stored"): (0, 300),  # the whole buffer
+}
+
+
+def neighbours(method: str, settings: dict[str, float]) -> list[dict[str, float]]:
+    """The settings with one of them moved to the next value of its ladder, up or down."""
+    moved = []
+    for name, value in settings.items():
+        low, high = LIMITS.get((method, name), (0.0, float("inf")))
+        below = [v for v in LADDERS[name] if low <= v < value][-1:]
+        above = [v for v in LADDERS[name] if value < v <= high][:1]
+        moved += [settings | {name: v} for v in below + above]
+    return moved

@@ -79,8 +79,8 @@ IMAGE = 784 + 8
 
 
 def memory_bytes(inputs: int, outputs: int) -> int:
-    """Bytes of a memory that is solved for: A, B and a count, in double precision."""
-    return 8 * (inputs * inputs + outputs * inputs + 1)
+    """Bytes of a memory that is solved for: a triangle of A in single precision, B and a count in double."""
+    return 4 * inputs * (inputs + 1) // 2 + 8 * (outputs * inputs + 1)
 
 
 @dataclass
@@ -119,8 +119,8 @@ SUITES = {
         lambda root, seed: thinned(permuted_mnist(root, seed=seed), 6000, seed),
         mlp,
         10,
-        # second moments of three layers' inputs in double precision, and projections made of them in single
-        (8 + 4) * (785**2 + 257**2 + 257**2) // IMAGE,
+        # AM-mem's innovation form: second moments of three layers' inputs, and their inverses, in single precision
+        (4 + 4) * (785**2 + 257**2 + 257**2) // IMAGE,
         ("AM-mem, joint", "AM-mem, learnt features"),
     ),
     # its samples are 1024 features in single precision; the hidden layer is frozen for all methods

@@ -18,7 +18,7 @@ from lightning_altmin.weights.innovation import InnovationForm, Positions
 from lightning_altmin.weights.least_squares_layer import least_squares_layer
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
 from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range
-from lightning_altmin.weights.solve import SolveForm
+from lightning_altmin.weights.solve import SolveForm, Storage
 
 Form = Literal["innovation", "solve"]
 Equations = Literal["cholesky", "bcd"]
@@ -26,7 +26,7 @@ Equations = Literal["cholesky", "bcd"]
 _FORMS: dict[str, type[MemoryForm[Any]]] = {"innovation": InnovationForm, "solve": SolveForm}
 _OWN = {
     **dict.fromkeys(("step", "limit", "positions", "rank"), "innovation"),
-    **dict.fromkeys(("solver", "lambda_w", "window"), "solve"),
+    **dict.fromkeys(("solver", "lambda_w", "window", "storage"), "solve"),
 }
 """Settings of one form only, and which it is."""
 
@@ -65,6 +65,9 @@ class CoactivationMemory(WeightSolver):
         lambda_w: Threshold of the shrinkage of ``"bcd"``, >= 0.
         window: Of the solve form: solve for this many latest tasks only, >= 1. `begin_task` says where they begin, or a
             ``MemoryPolicy("window")`` in a stream of tasks.
+        storage: Of the solve form, how A is kept between batches: ``"full"``, if not given; ``"triangle"``, what its
+            symmetry does not give, half the bytes for the same weights; or ``"single"``, the triangle in single
+            precision, a quarter of the bytes (of double ones; sums are rounded, so take a ``ridge`` >= 1e-4).
         inputs: Which codes are the layers' inputs; if not given, ``"forward"``, but for hidden layers of the solve form
             ``"moved"``. The output layer's moved input knows the label: fitted to it, the layer would need that move.
         optimizer: Makes the optimizer of parameters that no memory holds: scales of a BatchNorm, a PReLU.
@@ -93,6 +96,7 @@ class CoactivationMemory(WeightSolver):
         every: int = 10,
         lambda_w: float = 0.0,
         window: int | None = None,
+        storage: Storage | None = None,
         inputs: Inputs | None = None,
         optimizer: OptimizerFactory = adam,
     ) -> None:
@@ -113,6 +117,7 @@ class CoactivationMemory(WeightSolver):
             every=every,
             lambda_w=lambda_w or None,
             window=window,
+            storage=storage,
         )
         self.form = form
         self.every = every

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
 from lightning_altmin.weights.limited_descent import LimitedDescent
 from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range, precision
 from lightning_altmin.weights.ridge import ridge_solution
+from lightning_altmin.weights.triangle_statistics import TriangleStatistics
 from lightning_altmin.weights.window_statistics import WindowStatistics
 
 
@@ -53,7 +54,11 @@ class Cholesky(NormalEquations):
 EQUATIONS: dict[str, type[NormalEquations]] = {"cholesky": Cholesky, "bcd": CoordinateDescent}
 
 
-class SolveForm(MemoryForm[LayerStatistics]):
+Storage = Literal["full", "triangle", "single"]
+Sums = LayerStatistics | TriangleStatistics
+
+
+class SolveForm(MemoryForm[Sums]):
     """``W`` from ``A`` and ``B``, every k batches (arXiv 1806.09077, updateMemory and updateWeights).
 
     Hidden layers are fitted to their moved codes, the output layer to one-hot labels or to the targets themselves.
@@ -63,6 +68,7 @@ class SolveForm(MemoryForm[LayerStatistics]):
         forgetting: Discount of A and B per batch, in (0, 1].
         every: Batches from one solution to the next; all batches are in the statistics.
         window: Number of tasks to solve for, the latest ones, >= 1; ``None`` for all that was seen.
+        storage: ``"full"``; ``"triangle"``: of A one triangle, half the bytes; ``"single"``: that in single precision.
         equations: ``ridge`` of ``"cholesky"``, ``lambda_w`` of ``"bcd"``.
     """
 
@@ -74,6 +80,7 @@ class SolveForm(MemoryForm[LayerStatistics]):
         forgetting: float = 1.0,
         every: int = 10,
         window: int | None = None,
+        storage: Storage = "full",
         **equations: float,
     ) -> None:
         super().__init__(forgetting, every)
@@ -81,6 +88,10 @@ class SolveForm(MemoryForm[LayerStatistics]):
             raise ValueError(f"solver must be 'cholesky' or 'bcd', got {solver!r}")
         if window is not None and (not isinstance(window, int) or window < 1):
             raise ValueError(f"window must be an integer >= 1, got {window}")
+        if storage not in ("full", "triangle", "single"):
+            raise ValueError(f"storage must be 'full', 'triangle' or 'single', got {storage!r}")
+        if window is not None and storage != "full":
+            raise ValueError(f"storage={storage!r} keeps one sum, and window={window} one per task; leave one of them out")
         if "ridge" in equations and solver != "cholesky":
             raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")
         if "lambda_w" in equations and solver != "bcd":
@@ -89,12 +100,15 @@ class SolveForm(MemoryForm[LayerStatistics]):
             )
         self._equations = EQUATIONS[solver](**equations)
         self.window = window
+        self._storage = storage
 
     def inputs_of(self, stage: Stage) -> Inputs:
         return "forward" if stage.is_output else "moved"  # the output layer's moved input knows the label
 
-    def statistics(self, layer: LeastSquaresLayer) -> LayerStatistics:
+    def statistics(self, layer: LeastSquaresLayer) -> Sums:
         dtype = precision(layer, torch.float64)  # sums over a whole stream lose digits in single precision
+        if self._storage != "full":
+            return TriangleStatistics(layer, torch.float32 if self._storage == "single" else dtype, dtype)
         if self.window is not None:
             return WindowStatistics(layer, dtype, self.window)
         return LayerStatistics(layer, dtype, targets=True, inverse=False)
@@ -102,7 +116,7 @@ class SolveForm(MemoryForm[LayerStatistics]):
     def optimizer(self, groups: list[dict[str, Any]]) -> LimitedDescent:
         return LimitedDescent(groups, lr=1.0)
 
-    def check(self, memory: Memory[LayerStatistics]) -> None:
+    def check(self, memory: Memory[Sums]) -> None:
         if (after := memory.stage.affine[1:]) and not all(isinstance(m, nn.Dropout | nn.Identity) for m in after):
             raise ValueError(
                 f"form='solve' needs the code to be the layer's own output, but stage {memory.stage.name!r} has "
@@ -116,7 +130,7 @@ class SolveForm(MemoryForm[LayerStatistics]):
     def renews(self, number: int) -> bool:
         return (number + 1) % self.every == 0
 
-    def targets(self, problem: WeightProblem, memory: Memory[LayerStatistics]) -> tuple[Tensor, Tensor | None]:
+    def targets(self, problem: WeightProblem, memory: Memory[Sums]) -> tuple[Tensor, Tensor | None]:
         mask = None
         if problem.move is not None:
             target = problem.target
@@ -136,17 +150,17 @@ class SolveForm(MemoryForm[LayerStatistics]):
             target = target - bias.detach().reshape((-1, 1, 1) if per_channel else (-1,))
         return target, mask
 
-    def direction(self, problem: WeightProblem, memory: Memory[LayerStatistics]) -> None:
+    def direction(self, problem: WeightProblem, memory: Memory[Sums]) -> None:
         return None
 
-    def pending(self, problem: WeightProblem, memory: Memory[LayerStatistics]) -> None:
+    def pending(self, problem: WeightProblem, memory: Memory[Sums]) -> None:
         return None
 
-    def renewed_direction(self, memory: Memory[LayerStatistics], pending: Tensor | None) -> Tensor:
+    def renewed_direction(self, memory: Memory[Sums], pending: Tensor | None) -> Tensor:
         solution = self.solution(memory)
         return memory.layer.matrix().to(solution.dtype) - solution
 
-    def solution(self, memory: Memory[LayerStatistics]) -> Tensor:
+    def solution(self, memory: Memory[Sums]) -> Tensor:
         """The weights that the statistics ask for, shape ``(outputs, inputs)``."""
         A, B = memory.statistics.sums()
         with torch.autocast(A.device.type, enabled=False):

@@ -20,6 +20,7 @@ MEMORIES: dict[str, Any] = {
     "innovation": lambda: CoactivationMemory(every=3),
     "low rank": lambda: CoactivationMemory(every=2, rank=4),
     "solve": lambda: CoactivationMemory("solve", every=3, forgetting=0.9, ridge=0.1),
+    "triangle": lambda: CoactivationMemory("solve", every=3, ridge=0.1, storage="triangle"),
     "mixed": lambda: LayerwiseWeights(
         {"output": CoactivationMemory("solve", every=4, window=2), "default": CoactivationMemory(every=3)}
     ),

@@ -21,6 +21,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"form": "solve", "every": 3, "forgetting": 0.8},
     {"form": "solve", "every": 2, "solver": "bcd", "lambda_w": 1e-4},
     {"form": "solve", "every": 2, "window": 2},
+    {"form": "solve", "every": 2, "storage": "triangle"},
 ]
 
 

@@ -34,6 +34,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"form": "solve", "positions": "mean"}, "positions='mean' belongs to form='innovation', got form='solve'"),
     ({"window": 2}, "window=2 belongs to form='solve', got form='innovation'"),
     ({"form": "solve", "window": 0}, "window must be an integer >= 1, got 0"),
+    ({"storage": "single"}, "storage='single' belongs to form='solve', got form='innovation'"),
+    ({"form": "solve", "storage": "half"}, "storage must be 'full', 'triangle' or 'single', got 'half'"),
+    ({"form": "solve", "storage": "single", "window": 2}, "storage='single' keeps one sum, and window=2 one per task"),
     ({"inputs": "both"}, "inputs must be 'moved' or 'forward', got 'both'"),
 ]
 
@@ -50,6 +53,7 @@ def test_the_whole_of_the_contract_can_be_given() -> None:
     both: dict[str, Any] = {"solver": "cholesky", "ridge": 0.5, "forgetting": 0.9, "every": 3, "lambda_w": 0.0}
     CoactivationMemory(form="innovation", step=0.5, limit=math.inf, rank=4, positions="mean", **both)
     CoactivationMemory(form="solve", window=2, **both)
+    CoactivationMemory(form="solve", storage="triangle", **both)
     CoactivationMemory(form="solve", solver="bcd", lambda_w=0.1, forgetting=0.9, every=3)
 
 

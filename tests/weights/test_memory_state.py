@@ -23,6 +23,8 @@ MEMORIES: list[dict[str, Any]] = [
     {"form": "solve"},
     {"form": "solve", "every": 1},
     {"form": "solve", "every": 1, "window": 2},
+    {"form": "solve", "every": 1, "storage": "triangle"},
+    {"form": "solve", "every": 1, "storage": "single"},
     {"form": "solve", "solver": "bcd", "every": 2},
 ]
 each_memory = pytest.mark.parametrize("memory", MEMORIES, ids=[str(settings) for settings in MEMORIES])
