@@ -105,21 +105,28 @@ class LiveBatchNormRule(Rule):
         """Of ``(x - m) r``, with ``r`` the inverse deviation, for ``x -> x + d``.
 
         With ``e = d - mean(d)`` it is ``e r' + (x - m)(r' - r)``, and ``r' - r`` follows from the change of the
-        variance, ``mean(e (2 (x - m) + e))``.
+        variance, ``mean(e (2 (x - m) + e)) = mean(d (2 (x - m) + e))``. One tensor of their size serves all of it. The
+        moved input and its statistics are then known, too, so nobody has to run the layers below again.
         """
         state = here.state
         if not state.from_batch:
             return FixedBatchNormRule(self.module).change(difference, base, here)
-        norm = self.module
-        e = difference - _per_channel(self._mean(difference), difference)
-        centred = state.input - _per_channel(state.mean, difference)
-        variance_change = self._mean(e * (2 * centred + e))
-        before = state.inverse_deviation
+        weight, x, before = self.module.weight, state.input, state.inverse_deviation
+        mean = self._mean(difference)
+        scratch = torch.add(difference, x, alpha=2).sub_(_per_channel(mean + 2 * state.mean, x))
+        variance_change = self._mean(scratch.mul_(difference))
         variance = before.pow(-2)  # with eps
         after = (variance + variance_change).rsqrt()
         growth = -variance_change * before * after / (before.reciprocal() + after.reciprocal())
-        change = e * _per_channel(after, e) + centred * _per_channel(growth, e)
-        return change if norm.weight is None else change * _per_channel(norm.weight, e)
+        here.knows(x + difference, (state.mean + mean, after))
+        if weight is not None:
+            after, growth = after * weight.detach(), growth * weight.detach()
+        shift = -(mean * after + state.mean * growth)
+        after, growth, shift = (_per_channel(values, x) for values in (after, growth, shift))
+        return torch.addcmul(shift, difference, after, out=scratch).addcmul_(x, growth)
+
+    def residual(self, difference: Tensor, base: Point, here: Point, target: Tensor, spend: bool) -> Tensor:
+        return self.change(difference, base, here).sub_(target)  # new memory, which need not be made twice
 
     def input_gradient(self, grad: Tensor, at: Point) -> Tensor:
         gradient: Tensor = self._backward(grad, at, (True, False, False))[0]

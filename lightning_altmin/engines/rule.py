@@ -162,8 +162,13 @@ class Point:
     @property
     def saved(self) -> Any:
         """What the rule's forward kept for its derivatives (pooling indices, normalised inputs)."""
-        self._evaluate()
+        if self._saved is None:
+            self._evaluate()
         return self._saved
+
+    def knows(self, x: Tensor, saved: Any) -> None:
+        """Take ``x`` and ``saved`` from a rule that has found them without ``y`` and the points below."""
+        self._x, self._saved = x, saved
 
     def found(self, y: Tensor, saved: Any = None) -> None:
         """Take ``y`` and ``saved`` from a rule that has found them without `Rule.forward`."""
