@@ -204,6 +204,20 @@ MUTANTS = (
         ("core/test_losses.py::test_the_output_is_left_out_of_graphs",),
     ),
     Mutant(
+        "a memory in triangles unfolds its second block from the first",
+        "weights/triangle_statistics.py",
+        "return triangles[1:], triangles[:-1]",
+        "return triangles[1:], triangles[1:]",
+        ("weights/test_triangle_statistics.py::test_sums_are_those_of_the_whole_matrix",),
+    ),
+    Mutant(
+        "BatchNorm's moved input forgets the move",
+        "engines/normalization.py",
+        "here.knows(x + difference,",
+        "here.knows(x,",
+        ("core/test_weight_step.py::test_batch_norm_is_differentiated_through_its_statistics",),
+    ),
+    Mutant(
         "BatchNorm updated again in the weight step",
         "engines/normalization.py",
         "torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)",

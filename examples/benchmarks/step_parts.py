@@ -19,7 +19,13 @@ import torch
 from step_time import METHODS, NETS, batches
 
 GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::_slow_conv2d_forward"),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::mkldnn_convolution",
+        "aten::_slow_conv2d_forward",
+    ),
     "optimizer": ("aten::_fused_adam_",),
     "checks for NaN": ("aten::dot",),
 }

@@ -14,9 +14,9 @@ stream and what it cost. Suites, all in a single pass:
 - ``bytes``: split_mnist by bytes of state, for the figure.
 
 With ``--tune`` each method's settings are compared, by one seed, on a held-out tenth of the training data: a grid, and
-then, one setting at a time, what lies next to the best, until nothing there is better. ``--share`` takes less of the data, which is
-faster and not the same: rates that suit a fifth of a stream need not suit all of it, and features that learn on drift for
-as long as a task lasts.
+then, one setting at a time, what lies next to the best, until nothing there is better. ``--share`` takes less of the
+data, which is faster and not the same: rates that suit a fifth of a stream need not suit all of it, and features that
+learn on drift for as long as a task lasts.
 """
 
 from __future__ import annotations
@@ -149,7 +149,6 @@ def tune(suite: str, methods: list[str], root: str, out: Path, share: float) -> 
     stream, g = SUITES[suite].stream(root, 1000), torch.Generator().manual_seed(1000)
     small = [t.train.take(torch.randperm(len(t.train), generator=g)[: int(share * len(t.train))]) for t in stream]
     part = from_datasets(small, small, val_split=0.1, seed=1, prepare=stream.prepare, num_classes=SUITES[suite].outputs)
-
 
     def compare(method: str, chosen: list[dict[str, float]]) -> dict[str, float]:
         """Measure what is not in the file yet; the best of all there."""

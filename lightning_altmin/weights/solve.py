@@ -91,7 +91,9 @@ class SolveForm(MemoryForm[Sums]):
         if storage not in ("full", "triangle", "single"):
             raise ValueError(f"storage must be 'full', 'triangle' or 'single', got {storage!r}")
         if window is not None and storage != "full":
-            raise ValueError(f"storage={storage!r} keeps one sum, and window={window} one per task; leave one of them out")
+            raise ValueError(
+                f"storage={storage!r} keeps one sum, and window={window} one per task; leave one of them out"
+            )
         if "ridge" in equations and solver != "cholesky":
             raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")
         if "lambda_w" in equations and solver != "bcd":

@@ -104,7 +104,7 @@ class TriangleStatistics(Statistics):
     def unpack(self, vector: Tensor) -> None:
         names = ("triangles", "across", "B", "rows")
         sizes = [getattr(self, name).numel() for name in names]
-        for name, whole in zip(names, vector.split(sizes), strict=True):
+        for name, whole in zip(names, torch.split(vector, sizes), strict=True):
             held = getattr(self, name)
             setattr(self, name, whole.reshape(held.shape).to(held.dtype, copy=True))
         self.is_share = torch.zeros_like(self.is_share)

@@ -23,7 +23,7 @@ def statistics(inputs: int, dtype: torch.dtype = torch.float64, bias: bool = Fal
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.booleans(), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.floats(0.1, 1.0))
-def test_sums_are_those_of_all_of_A(inputs: int, bias: bool, sizes: list[int], forgetting: float) -> None:
+def test_sums_are_those_of_the_whole_matrix(inputs: int, bias: bool, sizes: list[int], forgetting: float) -> None:
     """Catches blocks that share an entry of the rectangle, a diagonal counted twice, blocks changed about, and an even
     or odd number of inputs, or one alone, that does not fit; a discount that leaves out one of the parts.
     """
