@@ -103,9 +103,15 @@ class AltMinObjective(nn.Module):
 
     # ---- weight step: gradients of the batch mean ----
 
-    def weight_coupling_gradient(self, residual: Tensor) -> Tensor:
-        """Of the batch mean of ``mu/2 ||f(input) - c||^2``, with respect to ``f(input)``."""
-        return residual * (self.mu / residual.shape[0])
+    def weight_coupling_gradient(self, residual: Tensor, signal: Tensor | None = None) -> Tensor:
+        """Of the batch mean of ``mu/2 ||f(input) - c||^2``, with respect to ``f(input)``.
+
+        Args:
+            residual: ``f(input) - c``, which may be overwritten.
+            signal: What the gradient is divided by, a positive scalar; see ``WeightProblem.signal``.
+        """
+        scale = self.mu / residual.shape[0]
+        return residual.mul_(scale if signal is None else scale / signal)
 
     def weight_sparsity_gradient(self, parameter: Tensor, is_output: bool) -> Tensor | None:
         """Of ``lambda_w ||W||_1``, or ``None`` where it does not apply."""
@@ -151,8 +157,9 @@ class ReferenceObjective(AltMinObjective):
     def code_sparsity_value(self, code: Tensor) -> Tensor:
         return code.abs().mean() * self.lambda_c
 
-    def weight_coupling_gradient(self, residual: Tensor) -> Tensor:
-        return residual * (2.0 / residual.numel())
+    def weight_coupling_gradient(self, residual: Tensor, signal: Tensor | None = None) -> Tensor:
+        gradient = residual.mul_(2.0 / residual.numel())
+        return gradient if signal is None else gradient.div_(signal)
 
     def weight_sparsity_gradient(self, parameter: Tensor, is_output: bool) -> Tensor | None:
         gradient = super().weight_sparsity_gradient(parameter, is_output)

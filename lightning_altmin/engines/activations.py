@@ -82,9 +82,9 @@ class ReLURule(ActivationRule):
 
     def last_change(self, difference: Tensor, base: Point, here: Point) -> Tensor:
         # The same, as max(d + min(x, 0), -max(x, 0)); what is subtracted to get it gives the output, too.
-        change = base.x.clamp_max(0).add_(difference)
-        before = base.x.clamp_min_(0).neg_()
-        torch.maximum(change, before, out=change)
+        change = base.x.clamp_max(0)
+        before = torch.sub(change, base.x, out=base.x)  # -max(x, 0), without rounding
+        torch.maximum(change.add_(difference), before, out=change)
         here.spent(torch.sub(change, before, out=before))
         return change
 

@@ -175,11 +175,8 @@ class WeightProblem:
         if self.passing:
             self.move = None
         else:
-            self.residual = residual
-        gradient = self.objective.weight_coupling_gradient(residual)
-        if self.signal is None:
-            return gradient
-        return gradient / self.signal if gradient is residual else gradient.div_(self.signal)
+            self.residual, residual = residual, residual.clone()
+        return self.objective.weight_coupling_gradient(residual, self.signal)
 
     def _sparsity(self, parameter: nn.Parameter) -> Tensor | None:
         return self.objective.weight_sparsity_gradient(parameter, self.stage.is_output)

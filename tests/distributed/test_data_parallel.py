@@ -106,8 +106,8 @@ class SmoothL1Coupling(AltMinObjective):
     def code_coupling_gradient(self, residual: Tensor) -> Tensor:
         return residual.clamp(-1, 1)
 
-    def weight_coupling_gradient(self, residual: Tensor) -> Tensor:
-        return residual.clamp(-1, 1) * (self.mu / residual.shape[0])
+    def weight_coupling_gradient(self, residual: Tensor, signal: Tensor | None = None) -> Tensor:
+        return super().weight_coupling_gradient(self.code_coupling_gradient(residual), signal)
 
 
 WEIGHTED = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
