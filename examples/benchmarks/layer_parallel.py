@@ -2,9 +2,12 @@
 
     python examples/benchmarks/layer_parallel.py --output docs/results/layer_parallel.csv
 
-The two alternate in short blocks of batches, the first process running the whole model while the others wait, so that a
-machine that is now faster, now slower meets both alike. A row has the medians of seconds per batch over a run's blocks,
-the median of the blocks' ratios, and the ratio of the fastest blocks, which other load has disturbed least.
+Three things alternate in short blocks of batches, so that a machine that is now faster, now slower meets all alike: the
+layers shared out; the first process running the whole model while the others wait; and every process running a whole
+model of its own, without a word to the others. A row has the medians of seconds per batch over a run's blocks, the
+median of the blocks' ratios, and the ratio of the fastest blocks, which other load has disturbed least. ``independent``
+is the throughput of the processes on their own over that of one alone: what the machine gives at most, for its cores
+share their memory.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from lightning_altmin.nn import MLP
 from lightning_altmin.strategies import LayerParallel
 
 COLUMNS = ["run", "processes", "micro_batches", "one_process_s", "layer_parallel_s", "speed_up"]
-COLUMNS += ["speed_up_of_fastest", "largest_share"]
+COLUMNS += ["speed_up_of_fastest", "independent", "largest_share"]
 
 
 def model(hidden: list[int]) -> AltMin:
@@ -56,23 +59,26 @@ def run(rank: int, args: argparse.Namespace, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.processes)
     x, y = batch(args.batch_size)
-    whole = model(args.hidden) if rank == 0 else None
+    whole = model(args.hidden)
     layers = LayerParallel(model(args.hidden), micro_batches=args.micro_batches)
-    alone, together = [], []
+    step_alone = partial(whole.step, x, y, keep_codes=False)
+    alone, apart, together = [], [], []
     for block in range(args.blocks + 1):
         dist.barrier()
         layers.core.batches_seen = 11  # batches that measure no curvature, as nine in ten
         times = timed(partial(layers.step, x, y), args.batches)
         dist.barrier()
-        if whole is not None:
-            whole.batches_seen = 11
-            single = timed(partial(whole.step, x, y, keep_codes=False), args.batches)
-            if block > 0:  # the first fills caches
-                alone.append(single)
-        if block > 0:
+        whole.batches_seen = 11
+        single = timed(step_alone, args.batches) if rank == 0 else []
+        dist.barrier()
+        whole.batches_seen = 11
+        side_by_side = timed(step_alone, args.batches)
+        if block > 0:  # the first fills caches
+            alone.append(single)
+            apart.append(side_by_side)
             together.append(times)
     parameters = sum(p.numel() for stage in layers.stages for p in stage.parameters())
-    results.put((rank, together, alone, parameters))
+    results.put((rank, together, alone, apart, parameters))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -83,14 +89,21 @@ def row(number: int, args: argparse.Namespace) -> list[str]:
         mp.spawn(run, (args, os.path.join(folder, "store"), results), nprocs=args.processes)
         found = sorted(results.get() for _ in range(args.processes))
     # The slowest process of each block; all leave a batch together but for the work that follows the verdict.
-    blocks = [max(times, key=statistics.mean) for times in zip(*(each[1] for each in found), strict=True)]
+    blocks, apart = (
+        [max(times, key=statistics.mean) for times in zip(*(each[kind] for each in found), strict=True)]
+        for kind in (1, 3)
+    )
     alone = found[0][2]
     ratios = [statistics.mean(a) / statistics.mean(b) for a, b in zip(alone, blocks, strict=True)]
     one = statistics.median(statistics.mean(times) for times in alone)
     several = statistics.median(statistics.mean(times) for times in blocks)
     fastest = min(statistics.mean(times) for times in alone) / min(statistics.mean(times) for times in blocks)
-    share = max(each[3] for each in found) / sum(each[3] for each in found)
-    numbers = [f"{one:.4f}", f"{several:.4f}", f"{statistics.median(ratios):.3f}", f"{fastest:.3f}", f"{share:.3f}"]
+    independent = statistics.median(
+        args.processes * statistics.mean(a) / statistics.mean(b) for a, b in zip(alone, apart, strict=True)
+    )
+    share = max(each[4] for each in found) / sum(each[4] for each in found)
+    numbers = [f"{one:.4f}", f"{several:.4f}"]
+    numbers += [f"{value:.3f}" for value in (statistics.median(ratios), fastest, independent, share)]
     return [str(number), str(args.processes), str(args.micro_batches), *numbers]
 
 

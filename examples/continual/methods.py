@@ -230,6 +230,8 @@ LADDERS: dict[str, tuple[float, ...]] = {
 
 LIMITS: dict[tuple[str, str], tuple[float, float]] = {
     ("AM-mem, innovation form", "ridge"): (0.1, 10.0),  # what the memory allows
+    # in single precision smaller ones are no longer above the rounding of the sums
+    **{(f"AM-mem, {kind}", "ridge"): (1e-4, 10.0) for kind in ("frozen features", "joint", "learnt features")},
     ("replay 200", "stored"): (0, 300),  # the whole buffer
 }
 

@@ -21,7 +21,7 @@ TITLES = {
     "domain_mnist": "Split-MNIST, domain-incremental",
     "split_cifar10": "Split-CIFAR-10, class-incremental, on frozen random features",
     "permuted_mnist": "Permuted-MNIST, ten tasks of 6000 samples",
-    "bytes": "Split-MNIST by bytes of state",
+    "bytes": "Split-MNIST by bytes of state, beside the rows above",
 }
 
 
@@ -59,9 +59,9 @@ def figure(suites: dict[str, Rows], path: Path) -> None:
     axes = drawing.subplots()
     for kind, marker in (("AM-mem", "o"), ("replay", "s")):
         points = []
-        for suite in ("split_mnist", "bytes"):
+        for suite in ("split_mnist", "bytes", *(["split_mnist_64"] if kind == "AM-mem" else [])):
             for method, rows in suites.get(suite, {}).items():
-                if method.startswith(kind) and "joint" not in method and "learnt" not in method:
+                if method.startswith(kind) and not any(other in method for other in ("joint", "learnt", "innovation")):
                     mean = statistics.mean(100 * float(row["accuracy"]) for row in rows)
                     points.append((float(rows[0]["state_bytes"]), mean))
         points.sort()
