@@ -70,6 +70,10 @@ def bucket_counted(counter: Counter, bucket: dist.GradBucket) -> torch.futures.F
     return work.get_future().then(lambda future: future.value()[0])
 
 
+# DDP wants the classes themselves, which postponed annotations are not.
+bucket_counted.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+
+
 def altmin(network: nn.Module, method: str) -> Callable[[Tensor, Tensor], Any]:
     codes = CurvatureCodes()
     weights = METHODS[method]()
