@@ -107,8 +107,11 @@ class AltMinObjective(nn.Module):
         """Of the batch mean of ``mu/2 ||f(input) - c||^2``, with respect to ``f(input)``.
 
         Args:
-            residual: ``f(input) - c``, which may be overwritten.
+            residual: ``f(input) - c``, shape ``(batch, *code)``, which may be overwritten.
             signal: What the gradient is divided by, a positive scalar; see ``WeightProblem.signal``.
+
+        Returns:
+            The gradient, shaped like ``residual``.
         """
         scale = self.mu / residual.shape[0]
         return residual.mul_(scale if signal is None else scale / signal)

@@ -211,6 +211,13 @@ MUTANTS = (
         ("weights/test_triangle_statistics.py::test_sums_are_those_of_the_whole_matrix",),
     ),
     Mutant(
+        "encode's maxima taken for those of the moved code",
+        "weights/base.py",
+        "self.forward_input.add_(self.input_move).detach()",
+        "self.forward_input.add_(self.input_move)",
+        ("core/test_state.py::test_a_freed_code_is_pooled_where_it_moved_to",),
+    ),
+    Mutant(
         "BatchNorm's moved input forgets the move",
         "engines/normalization.py",
         "here.knows(x + difference,",

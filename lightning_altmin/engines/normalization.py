@@ -46,6 +46,8 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 class FixedBatchNormRule(Rule):
     """``y = (x - mean) / deviation * weight + bias`` with the statistics that encode found for this batch."""
 
+    reads_base = False
+
     def encode(self, x: Tensor) -> tuple[Tensor, Any]:
         norm = self.module
         from_batch = uses_batch_statistics(norm)
@@ -94,6 +96,8 @@ class FixedBatchNormRule(Rule):
 class LiveBatchNormRule(Rule):
     """BatchNorm with the statistics of the input at hand; running statistics are not touched."""
 
+    reads_base = False
+
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         norm = self.module
         if not state.from_batch:
@@ -114,16 +118,18 @@ class LiveBatchNormRule(Rule):
         weight, x, before = self.module.weight, state.input, state.inverse_deviation
         mean = self._mean(difference)
         scratch = torch.add(difference, x, alpha=2).sub_(_per_channel(mean + 2 * state.mean, x))
-        variance_change = self._mean(scratch.mul_(difference))
+        rounding = self._mean(scratch) * mean  # zero but for rounding, which a common part of the moves would lengthen
+        variance_change = self._mean(scratch.mul_(difference)) - rounding
+        del scratch  # whose memory is next
         variance = before.pow(-2)  # with eps
         after = (variance + variance_change).rsqrt()
         growth = -variance_change * before * after / (before.reciprocal() + after.reciprocal())
         here.knows(x + difference, (state.mean + mean, after))
         if weight is not None:
-            after, growth = after * weight.detach(), growth * weight.detach()
+            after, growth = after * weight, growth * weight
         shift = -(mean * after + state.mean * growth)
         after, growth, shift = (_per_channel(values, x) for values in (after, growth, shift))
-        return torch.addcmul(shift, difference, after, out=scratch).addcmul_(x, growth)
+        return torch.addcmul(shift, difference, after).addcmul_(x, growth)
 
     def residual(self, difference: Tensor, base: Point, here: Point, target: Tensor, spend: bool) -> Tensor:
         return self.change(difference, base, here).sub_(target)  # new memory, which need not be made twice

@@ -133,7 +133,9 @@ class WeightProblem:
         """The stage at ``input``."""
         if self._live is None:
             if self.spends and self.stage.is_output and self.input_move is not None:
-                self._live = self.stage.live(self.forward_input.add_(self.input_move), self.state)
+                # Another tensor in the same memory: a rule knows by the tensor itself whether encode has seen this input.
+                moved = self.forward_input.add_(self.input_move).detach()
+                self._live = self.stage.live(moved, self.state)
             else:
                 self._live = self.stage.live(self.forward_input, self.state, self.input_move)
             if self.stage.mixes_processes:

@@ -66,8 +66,8 @@ class CoactivationMemory(WeightSolver):
         window: Of the solve form: solve for this many latest tasks only, >= 1. `begin_task` says where they begin, or a
             ``MemoryPolicy("window")`` in a stream of tasks.
         storage: Of the solve form, how A is kept between batches: ``"full"``, if not given; ``"triangle"``, what its
-            symmetry does not give, half the bytes for the same weights; or ``"single"``, the triangle in single
-            precision, a quarter of the bytes (of double ones; sums are rounded, so take a ``ridge`` >= 1e-4).
+            symmetry does not give, half of A's bytes for the same weights; or ``"single"``, the triangle in single
+            precision, a quarter of them (sums are rounded, so ``ridge`` must be >= 1e-4).
         inputs: Which codes are the layers' inputs; if not given, ``"forward"``, but for hidden layers of the solve form
             ``"moved"``. The output layer's moved input knows the label: fitted to it, the layer would need that move.
         optimizer: Makes the optimizer of parameters that no memory holds: scales of a BatchNorm, a PReLU.

@@ -55,6 +55,7 @@ EQUATIONS: dict[str, type[NormalEquations]] = {"cholesky": Cholesky, "bcd": Coor
 
 
 Storage = Literal["full", "triangle", "single"]
+"""How A is kept between batches: all of it, one triangle, or that in single precision."""
 Sums = LayerStatistics | TriangleStatistics
 
 
@@ -93,6 +94,11 @@ class SolveForm(MemoryForm[Sums]):
         if window is not None and storage != "full":
             raise ValueError(
                 f"storage={storage!r} keeps one sum, and window={window} one per task; leave one of them out"
+            )
+        if storage == "single" and solver == "cholesky" and equations.get("ridge", 1.0) < 1e-4:
+            raise ValueError(
+                f"storage='single' rounds the sums, and ridge={equations['ridge']:g} lets that rounding through; give a "
+                "ridge >= 1e-4, or storage='triangle'"
             )
         if "ridge" in equations and solver != "cholesky":
             raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")

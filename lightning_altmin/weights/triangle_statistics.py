@@ -20,7 +20,7 @@ class TriangleStatistics(Statistics):
     Args:
         layer: The layer.
         dtype: Of A. With single precision a sum over n batches is rounded by about ``3e-8 sqrt(n)`` of itself.
-        sums: Of B and of the number of rows; what is solved for is computed in it.
+        sums_dtype: Of B and of the number of rows; what is solved for is computed in it.
 
     Attributes:
         triangles: Both triangles of blocks on the diagonal, shape ``(h + 1, h)`` for ``2 h`` inputs and ``(h, h)`` for
@@ -33,8 +33,8 @@ class TriangleStatistics(Statistics):
     across: Tensor
     B: Tensor
 
-    def __init__(self, layer: LeastSquaresLayer, dtype: torch.dtype, sums: torch.dtype) -> None:
-        super().__init__(layer, sums)
+    def __init__(self, layer: LeastSquaresLayer, dtype: torch.dtype, sums_dtype: torch.dtype) -> None:
+        super().__init__(layer, sums_dtype)
         self._inputs = layer.inputs
         self._first = (layer.inputs + 1) // 2
         self._even = 1 - layer.inputs % 2

@@ -61,6 +61,30 @@ def test_freeing_codes_changes_no_weight(codes: str, weights: str, engine: str) 
     assert result.residuals == []
 
 
+@pytest.mark.parametrize("pool", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2}], ids=["tiles", "overlapping"])
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_a_freed_code_is_pooled_where_it_moved_to(engine: str, pool: dict[str, int]) -> None:
+    """Catches encode's maxima taken for those of the moved code, which lies in the same memory: the output layer would
+    be trained at its forward input.
+    """
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(**pool), nn.Flatten(), nn.LazyLinear(4)]
+        network = nn.Sequential(*layers).double()
+        network(torch.zeros(1, 1, 8, 8, dtype=torch.float64))
+        torch.manual_seed(1)
+        nn.init.normal_(network[4].weight, std=0.3)
+        weights = LocalGradient(lambda p: torch.optim.SGD(p, lr=0.1))
+        core = AltMin(
+            CodedNetwork(network, engine), nn.CrossEntropyLoss(), codes=GradientCodes(steps=2, lr=0.5), weights=weights
+        )
+        for _ in range(2):
+            core.step(torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.randint(4, (6,)), keep_codes=keep)
+        results.append(network.state_dict())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
 def test_freed_codes_are_really_freed() -> None:
     """Catches keep_codes=False that saves nothing: when a stage's weights are done, nobody keeps the code above."""
     alive: list[list[bool]] = []

@@ -37,6 +37,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"storage": "single"}, "storage='single' belongs to form='solve', got form='innovation'"),
     ({"form": "solve", "storage": "half"}, "storage must be 'full', 'triangle' or 'single', got 'half'"),
     ({"form": "solve", "storage": "single", "window": 2}, "storage='single' keeps one sum, and window=2 one per task"),
+    (
+        {"form": "solve", "storage": "single", "ridge": 1e-5},
+        "ridge=1e-05 lets that rounding through; give a ridge >= 1e-4",
+    ),
     ({"inputs": "both"}, "inputs must be 'moved' or 'forward', got 'both'"),
 ]
 
