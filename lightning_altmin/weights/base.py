@@ -133,7 +133,7 @@ class WeightProblem:
         """The stage at ``input``."""
         if self._live is None:
             if self.spends and self.stage.is_output and self.input_move is not None:
-                # Another tensor in the same memory: a rule knows by the tensor itself whether encode has seen this input.
+                # Another tensor in the same memory: rules tell by the tensor itself whether encode has seen an input.
                 moved = self.forward_input.add_(self.input_move).detach()
                 self._live = self.stage.live(moved, self.state)
             else:

@@ -97,8 +97,8 @@ class SolveForm(MemoryForm[Sums]):
             )
         if storage == "single" and solver == "cholesky" and equations.get("ridge", 1.0) < 1e-4:
             raise ValueError(
-                f"storage='single' rounds the sums, and ridge={equations['ridge']:g} lets that rounding through; give a "
-                "ridge >= 1e-4, or storage='triangle'"
+                f"storage='single' rounds the sums, and ridge={equations['ridge']:g} lets that rounding through; give "
+                "a ridge >= 1e-4, or storage='triangle'"
             )
         if "ridge" in equations and solver != "cholesky":
             raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")
