@@ -78,22 +78,22 @@ MUTANTS = (
     Mutant(
         "sign of the coupling flipped in the weight step",
         "objective.py",
-        "return residual * (self.mu / residual.shape[0])",
-        "return residual * (-self.mu / residual.shape[0])",
+        "scale = self.mu / residual.shape[0]",
+        "scale = -self.mu / residual.shape[0]",
         (WEIGHT_STEP,),
     ),
     Mutant(
         "weight step summed over samples, not averaged",
         "objective.py",
-        "return residual * (self.mu / residual.shape[0])",
-        "return residual * self.mu",
+        "scale = self.mu / residual.shape[0]",
+        "scale = self.mu",
         (WEIGHT_STEP,),
     ),
     Mutant(
         "mu forgotten in the weight step",
         "objective.py",
-        "return residual * (self.mu / residual.shape[0])",
-        "return residual / residual.shape[0]",
+        "scale = self.mu / residual.shape[0]",
+        "scale = self.mu.new_tensor(1.0 / residual.shape[0])",
         (WEIGHT_STEP,),
     ),
     Mutant(
@@ -161,9 +161,9 @@ MUTANTS = (
     ),
     Mutant(
         "signal not divided out",
-        "weights/base.py",
-        "        if self.signal is None:\n            return gradient\n",
-        "        if True:\n            return gradient\n",
+        "objective.py",
+        "residual.mul_(scale if signal is None else scale / signal)",
+        "residual.mul_(scale)",
         ("core/test_curvature_codes.py::test_weight_gradients_do_not_follow_the_rates",),
     ),
     # ---- code solvers
