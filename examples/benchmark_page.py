@@ -96,7 +96,7 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "accuracy.csv",
         "examples/accuracy.py",
         "Both methods have the same six rates, chosen on a validation split. The protocol, and which choices were made "
-        "after test results were seen, are in [](results.md).",
+        "after test results were seen, are in [](results.md), and what was wrong with the ConvNet's rows.",
         accuracies,
     ),
     (
@@ -155,7 +155,8 @@ stands under each. All of it ran on 2 CPU cores, unless a section says otherwise
 - **Accuracy**: it is nowhere ahead of tuned backprop by more than the noise, and mostly a few hundredths of a point
   behind; on CIFAR-10 up to half a point, and more than a point in a convolutional network with BatchNorm unless
   `batch_norm="live"` is set.
-- **Time**: on a CPU a step takes longer than backprop's, eager and mostly compiled, too; by how much is in the table.
+- **Time**: on a CPU an eager step takes longer than backprop's; a compiled one takes about as long, or up to a third
+  longer, and several code steps longer still; by how much is in the table.
 - **Memory**: never less than backprop's; several code steps need more.
 """
 

@@ -189,7 +189,7 @@ def bytes_curve(root: str, seeds: int, out: Path, tuning: Path) -> None:
     """AM-mem with fewer and more filters than the suites; replay of more and fewer images on 32 filters."""
     stream = split_mnist(root)
     frozen, replayed = (tuned(tuning, "split_mnist", method) for method in ("AM-mem, frozen features", "replay 1000"))
-    memories = [(f"AM-mem, {size} filters", size, frozen) for size in (2, 4, 8, 16, 48)]
+    memories = [(f"AM-mem, {size} filters", size, frozen) for size in (2, 4, 8, 16, 48, 78)]
     for seed, (name, size, settings) in itertools.product(range(seeds), memories):
         if ("bytes", name, str(seed)) not in done(out, "suite", "method", "seed"):
             result = train(memory(conv(seed, channels=size), **settings), stream, seed)
