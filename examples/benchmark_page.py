@@ -157,7 +157,7 @@ stands under each. All of it ran on 2 CPU cores, unless a section says otherwise
   `batch_norm="live"` is set.
 - **Time**: on a CPU an eager step takes longer than backprop's; a compiled one takes about as long, or up to a third
   longer, and several code steps longer still; by how much is in the table.
-- **Memory**: never less than backprop's; several code steps need more.
+- **Memory**: with one code step about that of backprop; several code steps need more.
 """
 
 
