@@ -2,9 +2,9 @@
 
     python examples/benchmarks/lightning_overhead.py --threads 2
 
-"nothing" is a LightningModule of one parameter whose ``training_step`` returns at once, so its time is the loop's; "a step
-of nothing" calls an optimizer without gradients besides, which is Lightning's wrapping of the step and of the optimizer.
-Beside them the core step of 784-500-500-10 alone, and through the Trainer. Rounds alternate; medians.
+"nothing" is a LightningModule of one parameter whose ``training_step`` returns at once, so its time is the loop's; "a
+step of nothing" calls an optimizer without gradients besides, which is Lightning's wrapping of the step and of the
+optimizer. Beside them the core step of 784-500-500-10 alone, and through the Trainer. Rounds alternate; medians.
 """
 
 from __future__ import annotations
