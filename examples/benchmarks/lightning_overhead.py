@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from step_time import METHODS, NETS, Clock, Repeated, batches, core_runner, trainer_runner
+from step_time import METHODS, NETS, WARM_UP, Clock, Repeated, batches, core_runner, trainer_runner
 from torch import nn
 
 NET = "MLP 2x500"
@@ -58,7 +58,7 @@ def nothing_runner(steps: bool) -> Callable[[int], float]:
             enable_model_summary=False,
             callbacks=[clock],
         )
-        trainer.fit(Nothing(steps), Repeated(data, count))
+        trainer.fit(Nothing(steps), Repeated(data, WARM_UP + count))
         return 1e3 * clock.seconds / count
 
     return run

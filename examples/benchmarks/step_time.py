@@ -7,7 +7,7 @@
     python examples/benchmarks/step_time.py --device cuda --levels core --json docs/results/step_time_cuda.json
 
 Every method trains the same network on the same batches with fused Adam, through the raw core ("core") or the Trainer
-("trainer"). Runs of the methods alternate; a ratio is the median over rounds of a method's time divided by that of
+("trainer"). Runs of the methods alternate, each from the initial weights with a new optimizer; a ratio is the median over rounds of a method's time divided by that of
 backprop in the same round, with the smallest and the largest. Compilation happens in the warm-up and is not counted.
 Rows of the JSON file are replaced by those measured anew; each row's ratio is to backprop in its own run. Peak memory
 is what a step's tensors hold beyond parameters and optimizer state. The share of the matmul bound is the step's
@@ -18,6 +18,7 @@ accuracies in the table are those of step_time_accuracy.py and, tuned, of exampl
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -80,11 +81,15 @@ class Method:
         return AltMinModule(coded, codes=self.codes(), weights=LocalGradient(adam), compile=self.compile)
 
     def step(self, network: nn.Module) -> Callable[[Tensor, Tensor], Any]:
+        return self.trained(network)[0]
+
+    def trained(self, network: nn.Module) -> tuple[Callable[[Tensor, Tensor], Any], nn.Module, torch.optim.Optimizer]:
+        """A training step, and what holds its state."""
         loss = nn.CrossEntropyLoss()
         if self.codes is not None:
             coded = CodedNetwork(network, self.engine)
             core = AltMin(coded, loss, codes=self.codes(), weights=LocalGradient(adam), compile=self.compile)
-            return functools.partial(core.step, keep_codes=False)
+            return functools.partial(core.step, keep_codes=False), core, core.optimizer
         optimizer = adam(network.parameters())
         if self.compile:
             network.compile(mode=self.compile if isinstance(self.compile, str) else None)
@@ -94,7 +99,7 @@ class Method:
             loss(network(x), y).backward()
             optimizer.step()
 
-        return backprop
+        return backprop, network, optimizer
 
 
 five = functools.partial(CurvatureCodes, steps=5)
@@ -113,6 +118,7 @@ METHODS = {
 }
 
 
+WARM_UP = 7  # batches of a run before its time counts: in the first five CurvatureCodes always measures
 CORE_ONLY = ("backprop, compiled", "backprop, CUDA graphs", "5 code steps, autograd engine")
 
 
@@ -140,14 +146,15 @@ class Repeated:
 
 
 class Clock(Callback):
-    """Seconds from the first batch of an epoch to its end."""
+    """Seconds from the first timed batch of an epoch to its end."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        wait(self._device)
-        self.seconds = -time.perf_counter()
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == WARM_UP:
+            wait(self._device)
+            self.seconds = -time.perf_counter()
 
     def on_train_epoch_end(self, *_: Any) -> None:
         wait(self._device)
@@ -155,15 +162,19 @@ class Clock(Callback):
 
 
 def core_runner(method: Method, net: str, precision: str, device: str) -> Callable[[int], float]:
-    """A function that trains for n steps and returns milliseconds per step."""
+    """A function that trains anew, and returns milliseconds per step of n steps after the first ones."""
     make, shape = NETS[net]
-    step, data = method.step(make().to(device)), batches(shape, 8, device)
+    step, module, optimizer = method.trained(make().to(device))
+    initial, data = copy.deepcopy(module.state_dict()), batches(shape, 8, device)
 
     def run(count: int) -> float:
-        wait(device)
-        start = time.perf_counter()
+        module.load_state_dict(initial)
+        optimizer.state.clear()
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            for index in range(count):
+            for index in range(WARM_UP + count):
+                if index == WARM_UP:
+                    wait(device)
+                    start = time.perf_counter()
                 step(*data[index % len(data)])
         wait(device)
         return 1e3 * (time.perf_counter() - start) / count
@@ -175,9 +186,11 @@ def trainer_runner(method: Method, net: str, precision: str, device: str) -> Cal
     """The same through the Trainer, on one module whose compiled function is kept from run to run."""
     make, shape = NETS[net]
     module, data = method.module(make()), batches(shape, 8, device)
+    initial = copy.deepcopy(module.state_dict())
     flags: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
     def run(count: int) -> float:
+        module.load_state_dict(initial)
         clock = Clock(device)
         plugin = "bf16-mixed" if precision == "bf16" else "32-true"
         trainer = Trainer(
@@ -189,7 +202,7 @@ def trainer_runner(method: Method, net: str, precision: str, device: str) -> Cal
             callbacks=[clock],
             **flags,
         )
-        trainer.fit(module, Repeated(data, count))
+        trainer.fit(module, Repeated(data, WARM_UP + count))
         return 1e3 * clock.seconds / count
 
     return run
@@ -199,8 +212,8 @@ def compare(runners: dict[str, Callable[[int], float]], seconds: float, rounds: 
     """Alternate the methods; times and ratios to the first of them."""
     counts = {}
     for name, run in runners.items():
-        run(7)  # past compilation and, for CurvatureCodes, past the first batches, which all measure
-        counts[name] = max(30, int(1e3 * seconds / run(3)))  # a fit's first batch costs more, and must count little
+        run(1)  # past compilation
+        counts[name] = max(30, int(1e3 * seconds / run(5)))
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, run in runners.items():
