@@ -7,8 +7,9 @@
     python examples/benchmarks/step_time.py --device cuda --levels core --json docs/results/step_time_cuda.json
 
 Every method trains the same network on the same batches with fused Adam, through the raw core ("core") or the Trainer
-("trainer"). Runs of the methods alternate, each from the initial weights with a new optimizer; a ratio is the median over rounds of a method's time divided by that of
-backprop in the same round, with the smallest and the largest. Compilation happens in the warm-up and is not counted.
+("trainer"). Runs of the methods alternate, each from the initial weights with a new optimizer; a ratio is the median
+over rounds of a method's time divided by that of backprop in the same round, with the smallest and the largest.
+Compilation happens in the warm-up and is not counted, nor are the first batches of a run.
 Rows of the JSON file are replaced by those measured anew; each row's ratio is to backprop in its own run. Peak memory
 is what a step's tensors hold beyond parameters and optimizer state. The share of the matmul bound is the step's
 multiply-adds (those of matrix products and convolutions) at this machine's measured rate, over the step's time. The
