@@ -97,17 +97,21 @@ def altmin(network: nn.Module, method: str, rate: float) -> memory.Step:
     return lambda x, y: core.step(x, y, keep_codes=False)
 
 
-def online(run: Run, samples: memory.Samples, marks: tuple[int, ...]) -> Iterator[tuple[int, float]]:
-    """Accuracy at each mark of one pass."""
+def stepper(run: Run) -> tuple[nn.Module, memory.Step]:
+    """The network of an online run and its training step."""
     suite, _, method, setting, seed = run
     torch.manual_seed(seed)  # the same weights and the same order of batches for all methods
     network = memory.SUITES[suite].network()
     if method == "AM-mem":
-        step = memory.memory(network, setting)
-    elif method.startswith("AM-"):
-        step = altmin(network, method, float(setting))
-    else:
-        step = memory.backprop(network, method, float(setting))
+        return network, memory.memory(network, setting)
+    if method.startswith("AM-"):
+        return network, altmin(network, method, float(setting))
+    return network, memory.backprop(network, method, float(setting))
+
+
+def online(run: Run, samples: memory.Samples, marks: tuple[int, ...]) -> Iterator[tuple[int, float]]:
+    """Accuracy at each mark of one pass."""
+    network, step = stepper(run)
     for number, (x, y) in enumerate(samples.batches(BATCH, marks[-1], by_class=False), 1):
         step(x, y)
         if number in marks:

@@ -1,0 +1,168 @@
+"""Test accuracy by epoch, 50 epochs: the paper's curves of online training, beside backprop.
+
+    python examples/paper/epochs.py tune  --suite mlp_100 --root data
+    python examples/paper/epochs.py final --suite mlp_100 --root data
+    python examples/paper/epochs.py table
+    python examples/paper/epochs.py plot
+
+Networks, batches of 200, methods and their settings are those of first_epoch.py: 784-100-100-10 (mlp_100) and
+784-500-500-10 (mlp_500) on MNIST, 3072-500-500-10 on CIFAR-10 (cifar10_mlp). Rates are constant, for a stream has no
+end that a schedule could count to; so the last digits are not those of examples/accuracy.py, where they fall. `tune`
+judges every setting after `TUNE_EPOCHS` epochs by a sixth of the training set held out, one seed; `final` trains on
+the whole training set for 50 epochs with each method's best, by other seeds, and is judged by the test set. `--small`
+does two epochs with one seed, in another results file. Every finished run is written at once; a run whose rows exist is
+not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from first_epoch import METHODS, OFFLINE, Run, loaded, memory, stepper
+from intervals import interval
+from rows import append, markdown, read
+
+from lightning_altmin.guard import NonFiniteError
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "epochs.csv"
+BATCH = 200
+MARKS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 50)
+TUNE_EPOCHS, SMALL_EPOCHS = 15, 2
+ONLINE = tuple(method for method in METHODS if method not in OFFLINE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The accuracy of one run after some number of epochs; 0 once it has diverged."""
+
+    suite: str
+    phase: str
+    method: str
+    setting: str
+    seed: int
+    epochs: int
+    accuracy: float
+
+    @property
+    def run(self) -> tuple[str, ...]:
+        return self.suite, self.phase, self.method, self.setting, str(self.seed)
+
+
+def curve(run: Run, samples: memory.Samples, marks: list[int]) -> Iterator[tuple[int, float]]:
+    """Accuracy after the epochs of ``marks``."""
+    network, step = stepper(run)
+    per_epoch = len(samples.train[0]) // BATCH
+    for number, (x, y) in enumerate(samples.batches(BATCH, marks[-1] * per_epoch, by_class=False), 1):
+        step(x, y)
+        if number % per_epoch == 0 and number // per_epoch in marks:
+            yield number // per_epoch, memory.judge(network, samples.judged)[0]
+
+
+def train(run: Run, root: str, epochs: int) -> list[Row]:
+    """One run's rows, a mark each."""
+    samples = loaded(run[0], root, 0.0 if run[1] == "final" else 1 / 6)
+    marks = [mark for mark in MARKS if mark <= epochs]
+    found = dict.fromkeys(marks, 0.0)
+    try:
+        for mark, accuracy in curve(run, samples, marks):
+            found[mark] = accuracy
+    except NonFiniteError as error:  # diverged: its rows from here on say 0
+        print(f"{run}: {error}", flush=True)
+    return [Row(*run, mark, accuracy) for mark, accuracy in found.items()]
+
+
+def best(rows: list[Row], suite: str, method: str) -> str:
+    """The setting with the highest validation accuracy at the end of its run."""
+    tuned = [r for r in rows if (r.suite, r.phase, r.method) == (suite, "tune", method)]
+    if not tuned:
+        raise SystemExit(f"no tuning runs of {method} on {suite}: run `tune` first")
+    last = max(r.epochs for r in tuned)
+    return max((r for r in tuned if r.epochs == last), key=lambda r: r.accuracy).setting
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    rows = read(arguments.results, Row)
+    suite, methods = arguments.suite, arguments.methods
+    runs: list[Run]
+    if arguments.command == "tune":
+        runs = [(suite, "tune", method, setting, 100) for method in methods for setting in METHODS[method]]
+    else:
+        runs = [(suite, "final", m, best(rows, suite, m), seed) for seed in range(arguments.seeds) for m in methods]
+    epochs = TUNE_EPOCHS if arguments.command == "tune" else MARKS[-1]
+    done = {row.run for row in rows}
+    for run in runs:
+        if (*run[:-1], str(run[-1])) not in done:
+            append(arguments.results, found := train(run, arguments.root, SMALL_EPOCHS if arguments.small else epochs))
+            print(*run, *(f"{row.epochs}: {100 * row.accuracy:.2f}" for row in found), flush=True)
+
+
+def table(rows: list[Row]) -> str:
+    """Means over seeds with 95 % intervals (t distribution), by method and number of epochs."""
+    parts = []
+    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
+        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
+        marks = sorted({r.epochs for r in final} & {1, 5, 10, 20, 50} or {r.epochs for r in final})
+        heads = ["method", "setting", "seeds", *(f"{mark} epochs" for mark in marks)]
+        lines = []
+        for method in dict.fromkeys(r.method for r in final):
+            mine = [r for r in final if r.method == method]
+            cells = [interval([100 * r.accuracy for r in mine if r.epochs == mark]) for mark in marks]
+            lines.append((method, mine[0].setting, len({r.seed for r in mine}), *cells))
+        parts += [f"{suite}:", markdown(heads, lines)]
+    return "\n\n".join(parts)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
+    from matplotlib import pyplot
+
+    suites = list(dict.fromkeys(r.suite for r in rows if r.phase == "final"))
+    figure, axes = pyplot.subplots(1, len(suites), figsize=(5 * len(suites), 3.5), squeeze=False)
+    for axis, suite in zip(axes[0], suites, strict=True):
+        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
+        for method in dict.fromkeys(r.method for r in final):
+            marks = sorted({r.epochs for r in final if r.method == method})
+            errors = [
+                100 - statistics.mean(100 * r.accuracy for r in final if (r.method, r.epochs) == (method, m))
+                for m in marks
+            ]
+            axis.plot(marks, errors, "o-", markersize=3, linewidth=1, label=method)
+        axis.set(title=suite, xlabel="epochs", ylabel="test error, %", xscale="log", yscale="log")
+    axes[0][0].legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("tune", "final", "table", "plot"))
+    parser.add_argument("--suite", choices=("mlp_100", "mlp_500", "cifar10_mlp"), default="mlp_100")
+    parser.add_argument("--root", default="data", help="folder of the data set")
+    parser.add_argument("--methods", nargs="+", choices=ONLINE, default=ONLINE)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.small:
+        arguments.seeds = 1
+    if arguments.results is None:
+        arguments.results = RESULTS.with_stem("epochs_small") if arguments.small else RESULTS
+    if arguments.command == "table":
+        print(table(read(arguments.results, Row)))
+    elif arguments.command == "plot":
+        plot(read(arguments.results, Row), arguments.results.with_suffix(".svg"))
+    else:
+        execute(arguments)
+
+
+if __name__ == "__main__":
+    main()
