@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_altmin.processes import Processes
 from lightning_altmin.random_state import random_state, set_random_state
+from lightning_altmin.stage import Stage
 
 if TYPE_CHECKING:
     from lightning_altmin.altmin import AltMin
@@ -48,7 +50,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Quantity:
-    """Something that both engines compute.
+    """Something that is computed in two ways.
 
     ``group`` tells quantities apart that are not of one kind: a stage's gradients, a module's buffers.
     """
@@ -59,10 +61,14 @@ class _Quantity:
     value: Tensor
 
 
+_Quantities = Callable[["AltMin", Tensor, Any], Iterator[_Quantity]]
+
+
 def verify(core: AltMin, x: Tensor, y: Any, tolerance: float = 1e-10) -> Verification:
     """Compare every local derivative of one step with autograd's, in float64.
 
-    Works on copies: model, optimizer, buffers and random state stay as they were.
+    And the gradients of a whole step that frees its codes on the way (``keep_codes=False``, as in the Trainer) with
+    those of one that keeps them. Works on copies: model, optimizer, buffers and random state stay as they were.
 
     Differences are relative to the quantity's largest entry. Some quantities are rounding error alone, such as the
     gradient of a bias before a BatchNorm, and some have fewer digits than float64, such as what a deep stage's small
@@ -94,7 +100,7 @@ def verify(core: AltMin, x: Tensor, y: Any, tolerance: float = 1e-10) -> Verific
 def _differences(core: AltMin, x: Tensor, y: Any, random: dict[str, Any]) -> list[tuple[str, str, float]]:
     moves: dict[int, Tensor] = {}  # the first run's, for all
 
-    def run(engine: str | None, factor: float) -> list[_Quantity]:
+    def run(quantities: _Quantities, engine: str | None = None, factor: float = 1.0) -> list[_Quantity]:
         twin = _double(core, factor)
         if engine is not None:
             for stage in twin.coded.stages:
@@ -104,10 +110,19 @@ def _differences(core: AltMin, x: Tensor, y: Any, random: dict[str, Any]) -> lis
         if x.is_floating_point():  # a whole number is exact, or a mark
             inputs = torch.where(x == x.round(), x.double(), x.double() * factor)
         targets = y.double() if isinstance(y, Tensor) and y.is_floating_point() else y
-        return list(_quantities(twin, inputs, targets, moves))
+        return list(quantities(twin, inputs, targets))
 
-    ours, theirs = run(None, 1.0), run("autograd", 1.0)
-    rounded = [run("autograd", factor) for factor in (1 + _EPS, 1 - _EPS)]
+    derivatives, kept = partial(_derivatives, moves=moves), partial(_step_gradients, keep_codes=True)
+    near = 1 + _EPS, 1 - _EPS
+    ours, theirs = run(derivatives), run(derivatives, "autograd")
+    compared = _compared(ours, theirs, [run(derivatives, "autograd", factor) for factor in near])
+    ours, theirs = run(partial(_step_gradients, keep_codes=False)), run(kept)
+    return compared + _compared(ours, theirs, [run(kept, factor=factor) for factor in near])
+
+
+def _compared(
+    ours: list[_Quantity], theirs: list[_Quantity], rounded: list[list[_Quantity]]
+) -> list[tuple[str, str, float]]:
     largest: dict[str, float] = {}
     for quantity in theirs:
         largest[quantity.group] = max(largest.get(quantity.group, 0.0), _size(quantity.value))
@@ -131,8 +146,8 @@ def _double(core: AltMin, factor: float) -> AltMin:
     return twin
 
 
-def _quantities(core: AltMin, x: Tensor, y: Any, moves: dict[int, Tensor]) -> Iterator[_Quantity]:
-    """All that is compared; moves of codes are taken from ``moves``, or kept there by the first run."""
+def _derivatives(core: AltMin, x: Tensor, y: Any, moves: dict[int, Tensor]) -> Iterator[_Quantity]:
+    """What an engine computes; moves of codes are taken from ``moves``, or kept there by the first run."""
     step = core.encode(x, y)
     names = [stage.name for stage in core.coded.stages]
     yield _Quantity("output", "forward", "output", step.output)
@@ -143,14 +158,27 @@ def _quantities(core: AltMin, x: Tensor, y: Any, moves: dict[int, Tensor]) -> It
             step.moves[level] = move = moves.setdefault(level, -gradient)
             yield _Quantity(name, "code gradient, moved", f"code {level} moved", problem.gradient(move))
         for weights in core.weight_problems(step):
-            name, gradients = weights.stage.name, dict(weights.gradients())
-            for parameter in weights.stage.parameters():
-                # A parameter that an engine gives no gradient for has the gradient 0.
-                gradient = gradients.get(parameter, torch.zeros_like(parameter))
-                yield _Quantity(name, f"gradient {tuple(parameter.shape)}", f"weights {name}", gradient)
+            yield from _weight_gradients(weights.stage, dict(weights.gradients()), "")
     for name, buffer in core.network.named_buffers():
         group = f"buffers {name.rpartition('.')[0]}" if buffer.is_floating_point() else f"buffer {name}"
         yield _Quantity(name, "buffer", group, buffer)
+
+
+@torch.no_grad()
+def _step_gradients(core: AltMin, x: Tensor, y: Any, keep_codes: bool) -> Iterator[_Quantity]:
+    """The gradients of a whole step, by the model's own solvers; where codes are freed, they come in another order."""
+    step = core.encode(x, y, keep_codes)
+    core.solve_codes(step)
+    gradients, _ = core.differentiate(step) if step._solved is None else step._solved
+    for stage in core.coded.stages:
+        yield from _weight_gradients(stage, dict(gradients), ", codes freed")
+
+
+def _weight_gradients(stage: Stage, gradients: dict[nn.Parameter, Tensor], how: str) -> Iterator[_Quantity]:
+    for parameter in stage.parameters():
+        # A parameter that an engine gives no gradient for has the gradient 0.
+        gradient = gradients.get(parameter, torch.zeros_like(parameter))
+        yield _Quantity(stage.name, f"gradient {tuple(parameter.shape)}{how}", f"weights {stage.name}", gradient)
 
 
 def _difference(ours: Tensor, theirs: Tensor, rounded: list[Tensor], largest: float) -> float:

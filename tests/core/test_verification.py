@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin import AltMin, AltMinObjective, CodedNetwork
+from lightning_altmin import AltMin, AltMinObjective, CodedNetwork, CurvatureCodes
 from lightning_altmin.engines.conv import ConvRule
 from lightning_altmin.engines.dropout import DropoutRule
 from lightning_altmin.engines.linear import LinearRule
 from lightning_altmin.engines.normalization import FixedBatchNormRule, LiveBatchNormRule
 from lightning_altmin.nn import MLP, LeNet5
+from lightning_altmin.step import Step
 from lightning_altmin.verification import EngineMismatchError, Verification
 from tests.core.comparisons import assert_bit_equal
 
@@ -47,8 +48,26 @@ def test_a_sound_model_passes(name: str) -> None:
     stages = {stage for stage, _, _ in result.differences}
     assert {s.name for s in core.coded.stages} <= stages
     trained = [quantity for _, quantity, _ in result.differences if quantity.startswith("gradient")]
-    assert len(trained) == len(list(core.network.parameters()))
+    freed = [quantity for quantity in trained if quantity.endswith("codes freed")]
+    assert len(freed) == len(trained) - len(freed) == len(list(core.network.parameters()))
     assert "output" in str(result)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_wrong_order_of_freeing_is_found(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check of kept codes alone: a stage trained at its forward input where codes are freed on the way."""
+    passing = AltMin._passing_gradients
+
+    def forward_input(core: AltMin, step: Step, level: int) -> Any:
+        if level == at + 1:
+            step.moves[at] = torch.zeros_like(step.moves[at])
+        return passing(core, step, level)
+
+    core = AltMin(model(), nn.CrossEntropyLoss(), codes=CurvatureCodes(share=0.5))
+    core.verify(*data())
+    monkeypatch.setattr(AltMin, "_passing_gradients", forward_input)
+    with pytest.raises(EngineMismatchError, match="codes freed"):
+        core.verify(*data())
 
 
 def test_nothing_is_left_behind() -> None:
