@@ -10,10 +10,9 @@ An image is read row by row: 28 steps of 28 numbers from 0 to 1, 15 or 50 tanh u
 cosine to zero. `tune` holds out a sixth of the training set and tries each rate for ``TUNE_EPOCHS`` epochs; `final`
 trains on all of it for 10 epochs with each method's best rate and asks the test set once. `signal` records how far the
 codes of each step move, beside the norms of backprop's gradients there, and plots both. `pixels` reads pixel by pixel,
-784 steps, to show that it runs. The methods "..., all steps" read the states of all steps, where the others read the
-last one's: the recurrent layer is then one block, with backprop through time inside it, and AltMin works between it and
-the output. ``tune --epochs 50 --methods backprop`` asks what more time would bring. Rows are appended to
-docs/results/recurrent.csv as runs end; a run whose row exists is not repeated.
+784 steps, to show that it runs. The methods "..., all steps" have an output layer that reads the states of all 28
+steps, where that of the others reads the last one's. ``tune --epochs 50 --methods backprop`` asks what more time would
+bring. Rows are appended to docs/results/recurrent.csv as runs end; a run whose row exists is not repeated.
 """
 
 from __future__ import annotations
@@ -65,35 +64,14 @@ class Row:
         return (self.phase, self.hidden, self.method, self.epochs, self.lr, self.seed)
 
 
-class States(nn.Module):
-    """The states of all steps, shape ``(batch, steps * hidden)``, by the initial values of `ElmanRNN`."""
-
-    def __init__(self, in_features: int, hidden: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.rnn = nn.RNN(in_features, hidden, batch_first=True)
-        w_x, w_h, b_x, b_h = self.rnn.parameters()
-        with torch.no_grad():
-            w_x.uniform_(-0.3 * hidden**-0.5, 0.3 * hidden**-0.5)
-            w_h.copy_(torch.eye(hidden))
-            b_x.zero_()
-            b_h.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        states: Tensor = self.rnn(x.reshape(len(x), -1, self.in_features))[0]
-        return states.flatten(1)
-
-
 def train(row: Row, root: str, in_features: int = 28, batch: int = BATCH, limit: float | int = 1.0) -> Row:
     """One run; judged by the samples held out when tuning, else by the test set."""
     seed_everything(row.seed, verbose=False)
     held_out = 1 / 6 if row.phase == "tune" else 0.0
     data = VisionDataModule("MNIST", root=root, batch_size=batch, normalize=False, val_split=held_out)
     data.setup("fit")
-    all_steps = row.method.endswith(ALL_STEPS)
-    network: nn.Module = ElmanRNN(in_features, row.hidden, 10)
-    if all_steps:
-        network = nn.Sequential(States(in_features, row.hidden), nn.Linear(784 // in_features * row.hidden, 10))
+    reads = 784 // in_features if row.method.endswith(ALL_STEPS) else 1
+    network = ElmanRNN(in_features, row.hidden, 10, reads=reads)
     optimizer = functools.partial(torch.optim.Adam, lr=row.lr, fused=True)
     steps = row.epochs * (len(data.train_dataloader()) if isinstance(limit, float) else limit)
     schedule: dict[str, Any] = {
@@ -105,7 +83,7 @@ def train(row: Row, root: str, in_features: int = 28, batch: int = BATCH, limit:
         module = BackpropModule(network, optimizer=optimizer, **schedule)
     else:
         # The 784 steps of the pixels leave nothing of any share below 1: plain steps of rate 1 there.
-        codes = CurvatureCodes(share=SHARE) if in_features > 1 or all_steps else GradientCodes(steps=1, lr=1.0)
+        codes = CurvatureCodes(share=SHARE) if in_features > 1 else GradientCodes(steps=1, lr=1.0)
         module = AltMinModule(network, codes=codes, weights=LocalGradient(optimizer), **schedule)
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = Trainer(

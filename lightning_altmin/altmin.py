@@ -84,6 +84,7 @@ class AltMin(nn.Module):
                 raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
         self.codes.check([self.coded.stages[maker] for maker in self.coded.makers()], self.objective)
         self.codes.check_loss(self.local_loss)
+        self.coded.refuse_codes(self.codes)
         self.weights.check(self.coded.stages, self.objective)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self.codes.prepare(self.coded.depth)
@@ -278,7 +279,7 @@ class AltMin(nn.Module):
         """The problem of one code, counted from 0 at the bottom, from the codes as they are now."""
         makers = self.coded.makers(len(step.codes_forward))
         is_top = level == len(step.codes_forward) - 1
-        return CodeProblem(
+        problem = CodeProblem(
             objective=self.objective,
             above=self.coded.stages[makers[level + 1]],
             state=step._states[level + 1],
@@ -291,6 +292,7 @@ class AltMin(nn.Module):
             signal=None if is_top else step._signals[level + 1],
             target_margins=None if is_top else step._margins[level + 1],
         )
+        return self.coded.whole_problem(problem, step, level)
 
     def weight_problems(self, step: Step, inner: int = 0) -> Iterator[WeightProblem]:
         """The stages' problems; none depends on another's result."""

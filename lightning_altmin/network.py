@@ -14,6 +14,7 @@ from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageDa
 from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
 
 if TYPE_CHECKING:
+    from lightning_altmin.codes import CodeProblem, CodeSolver
     from lightning_altmin.step import Step
 
 _NORMALIZATION = (
@@ -105,6 +106,18 @@ class CodedNetwork:
     def first_input(self, x: Tensor) -> Tensor:
         """What the first stage reads in the place of a code."""
         return x
+
+    def refuse_codes(self, codes: CodeSolver) -> None:
+        """Refuse a code solver that cannot serve this kind of network.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        return
+
+    def whole_problem(self, problem: CodeProblem, step: Step, level: int) -> CodeProblem:
+        """The problem of a code, with what reads it beside the stage above; here nothing does."""
+        return problem
 
     def stage_data(self, step: Step, index: int, moved: bool) -> StageData:
         """What a batch holds of one stage.

@@ -6,11 +6,13 @@ weight step is one regression over all steps of all sequences, for given the cod
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.codes import CodeProblem, CodeSolver
 from lightning_altmin.engines import ENGINES, BatchState, Rule, StageEngine, StageMap, has_closed_form, rule_for
 from lightning_altmin.engines.autograd import AutogradMap
 from lightning_altmin.engines.chain import Chain
@@ -107,6 +109,64 @@ class RecurrentStage(Stage):
         self.engine = (ClosedFormRecurrence if by_rules else AutogradRecurrence)(network.step_input, network.cell)
 
 
+@dataclass(kw_only=True)
+class ReadCodeProblem(CodeProblem):
+    """The problem of a code that the output layer reads, beside the next step if there is one.
+
+    The loss at the codes as they are now then counts in it, too. It is scaled by the share of a plain step that reached
+    this code from above (`signal`), for so is what the next step asks: together they stay in proportion.
+
+    Attributes:
+        head: The output stage.
+        head_state: What encode fixed in it.
+        read: Its input as encode found it.
+        output: The network's output as encode found it.
+        moves: How far the codes that it reads have moved.
+        place: Which of them this is.
+    """
+
+    head: Stage
+    head_state: BatchState
+    read: Tensor
+    output: Tensor
+    moves: list[Tensor]
+    place: int
+
+    def smooth_gradient(self, move: Tensor | None = None) -> Tensor:
+        head = self._head(move)
+        read = head.input_gradient(self._loss_gradient(head.change(self.output)))
+        gradient = self._in_proportion(read.chunk(len(self.moves), 1)[self.place])
+        if not self.is_top:
+            return gradient + super().smooth_gradient(move)
+        anchor = None if move is None else self.objective.code_anchor_gradient(move)
+        return gradient if anchor is None else gradient + anchor
+
+    def curvature(self, direction: Tensor, move: Tensor | None = None) -> Tensor:
+        here = self._head(move).change(self.output)
+        there = self._head(-direction if move is None else move - direction).change(self.output)
+        bend = self._loss_gradient(here) - self._loss_gradient(there)
+        curvature = self._in_proportion(((here - there) * bend).flatten(1).sum(1))
+        if not self.is_top:
+            return curvature + super().curvature(direction, move)
+        anchor = self.objective.code_anchor_gradient(direction)
+        return curvature if anchor is None else curvature + (anchor * direction).sum(1)
+
+    def value(self, move: Tensor | None = None) -> Tensor:
+        raise TypeError("a code that two stages read has a gradient and a curvature, but no value, for its solver")
+
+    def _head(self, move: Tensor | None) -> StageMap:
+        """The output stage at the codes as they are now, this one moved."""
+        moves = list(self.moves)
+        moves[self.place] = torch.zeros_like(self.forward) if move is None else move
+        return self.head.fixed(self.read, self.head_state, torch.cat(moves, 1))
+
+    def _loss_gradient(self, change: Tensor) -> Tensor:
+        return self.objective.code_loss_gradient(self.loss.elsewhere(self.output + change))
+
+    def _in_proportion(self, term: Tensor) -> Tensor:
+        return term if self.signal is None else term * self.signal
+
+
 class CodedRecurrentNetwork(CodedNetwork):
     """An `ElmanRNN` seen as a chain of codes ``c_1..c_T``, made by one stage with the same weights at every step.
 
@@ -144,14 +204,35 @@ class CodedRecurrentNetwork(CodedNetwork):
             states.append((inputs[:, t], begun[:, t]))
             code = cell.fixed(code, states[-1]).output().detach()
             codes.append(code)
-        output, state = head.encode(code)
+        output, state = head.encode(self.network.read(codes))
         return Encoding(codes, output, [*states, state])
+
+    def refuse_codes(self, codes: CodeSolver) -> None:
+        if self.network.reads > 1 and codes.reads_outputs:
+            raise ValueError(
+                f"codes={type(codes).__name__} asks for what one stage makes of a code, and with "
+                f"ElmanRNN(reads={self.network.reads}) two stages read it: use CurvatureCodes, GradientCodes or "
+                "LineSearchCodes, or reads=1"
+            )
+
+    def whole_problem(self, problem: CodeProblem, step: Step, level: int) -> CodeProblem:
+        place = level - len(step.codes_forward) + self.network.reads
+        if self.network.reads == 1 or place < 0:
+            return problem
+        return ReadCodeProblem(
+            **{field.name: getattr(problem, field.name) for field in fields(problem)},
+            head=self.stages[1],
+            head_state=step._states[-1],
+            read=self.network.read(step.codes_forward),
+            output=step.output,
+            moves=step.moves[-self.network.reads :],
+            place=place,
+        )
 
     def stage_data(self, step: Step, index: int, moved: bool) -> StageData:
         if index == 1:
-            top = len(step.codes_forward) - 1
-            move = step.moves[top] if moved else None
-            return StageData(step._states[-1], step.codes_forward[top], move, step.output, None, None)
+            move = self.network.read(step.moves) if moved else None
+            return StageData(step._states[-1], self.network.read(step.codes_forward), move, step.output, None, None)
         first = self.first_input(step.codes_forward[0])
         below = torch.stack([first, *step.codes_forward[:-1]], 1)
         moves = torch.stack(step.moves, 1)

@@ -1,4 +1,4 @@
-"""The Elman network: a recurrent layer that is read at the last step, and sequences of different lengths for it."""
+"""The Elman network: a recurrent layer that is read at its last steps, and sequences of different lengths for it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class StepInput(nn.Module):
 
 
 class ElmanRNN(nn.Module):
-    r"""An Elman network over sequences, with one output per sequence, from the last step.
+    r"""An Elman network over sequences, with one output per sequence, from the last step or the last ``reads`` steps.
 
     .. math::
-        c_t = W_x x_t + W_h s(c_{t-1}) + b, \qquad \text{output} = W_o s(c_T) + b_o
+        c_t = W_x x_t + W_h s(c_{t-1}) + b, \qquad \text{output} = W_o [s(c_{T-reads+1}), \dots, s(c_T)] + b_o
 
     and no :math:`W_h` term in the first step. Takes inputs ``(batch, time, in_features)``, or of any shape
     ``(batch, ...)`` that holds a multiple of ``in_features`` numbers per sample: a grey image of 28 x 28 pixels is
@@ -50,6 +50,8 @@ class ElmanRNN(nn.Module):
         hidden: Units, >= 1.
         out_features: Width of the output, >= 1.
         activation: A name, a class path or a class, as for `MLP`.
+        reads: How many steps the output layer reads, the last ones, >= 1. With more than one, all sequences must have
+            one length, of at least as many steps.
 
     ``W_x`` and ``W_h`` are the parts of ``cell.weight``, shape ``(hidden, in_features + hidden)``. ``W_h`` begins as
     the identity and ``b`` as zero, so that a unit keeps what it holds (Le, Jaitly and Hinton 2015, arXiv 1504.00941);
@@ -61,16 +63,22 @@ class ElmanRNN(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, hidden: int, out_features: int, activation: str | type[nn.Module] = "tanh"
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        activation: str | type[nn.Module] = "tanh",
+        reads: int = 1,
     ) -> None:
         super().__init__()
+        check_positive_int("reads", reads)
         check_positive_int("in_features", in_features)
         check_positive_int("hidden", hidden)
         check_positive_int("out_features", out_features)
-        self.in_features, self.hidden = in_features, hidden
+        self.in_features, self.hidden, self.reads = in_features, hidden, reads
         self.step_input = StepInput(activation_class(activation)())
         self.cell = nn.Linear(in_features + hidden, hidden)
-        self.head = nn.Linear(hidden, out_features)
+        self.head = nn.Linear(reads * hidden, out_features)
         with torch.no_grad():
             self.cell.weight.uniform_(-0.3 * hidden**-0.5, 0.3 * hidden**-0.5)
             self.cell.weight[:, in_features:] = torch.eye(hidden)
@@ -85,9 +93,15 @@ class ElmanRNN(nn.Module):
         """The input of every step, ``(batch, time, in_features)``, and where a step came before, ``(.., time, 1)``.
 
         Raises:
-            ValueError: If ``x`` does not hold whole steps, or marks that `aligned` has not made.
+            ValueError: If ``x`` does not hold whole steps, or marks that `aligned` has not made, or does not have the
+                steps that are read.
         """
         if x.dim() == 3 and x.shape[2] == self.in_features + 1:
+            if self.reads > 1:
+                raise ValueError(
+                    f"x holds sequences of different lengths, and the output layer reads {self.reads} steps of each: "
+                    "use ElmanRNN(reads=1) for them"
+                )
             return x[..., 1:], nn.functional.pad(self._marks(x), (0, 0, 1, -1))
         if x.dim() < 2 or x[0].numel() == 0 or x[0].numel() % self.in_features:
             raise ValueError(
@@ -95,6 +109,8 @@ class ElmanRNN(nn.Module):
                 "lightning_altmin.nn.aligned(sequences, lengths) makes one of sequences with different lengths"
             )
         inputs = x.reshape(x.shape[0], -1, self.in_features)
+        if inputs.shape[1] < self.reads:
+            raise ValueError(f"x has sequences of {inputs.shape[1]} steps, fewer than reads={self.reads}")
         begun = inputs.new_ones(1, inputs.shape[1], 1)
         begun[:, 0] = 0
         return inputs, begun
@@ -116,11 +132,15 @@ class ElmanRNN(nn.Module):
         inputs, begun = self.steps(aligned(x) if isinstance(x, PackedSequence) else x)
         w_x, w_h = self.cell.weight[:, : self.in_features], self.cell.weight[:, self.in_features :]
         driven = nn.functional.linear(inputs, w_x, self.cell.bias)  # all steps at once
-        code = driven[:, 0]
+        codes = [driven[:, 0]]
         for t in range(1, driven.shape[1]):
-            code = torch.addmm(driven[:, t], self.activation(code) * begun[:, t], w_h.t())
-        output: Tensor = self.head(self.activation(code))
+            codes.append(torch.addmm(driven[:, t], self.activation(codes[-1]) * begun[:, t], w_h.t()))
+        output: Tensor = self.head(self.activation(self.read(codes)))
         return output
+
+    def read(self, values: Sequence[Tensor]) -> Tensor:
+        """Of one tensor ``(batch, hidden)`` per step those that the output layer reads, side by side."""
+        return values[-1] if self.reads == 1 else torch.cat(tuple(values[-self.reads :]), 1)
 
 
 def aligned(
