@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.codes import CodeProblem, CodeSolver
-from lightning_altmin.engines import ENGINES, BatchState, Rule, StageEngine, StageMap, has_closed_form, rule_for
+from lightning_altmin.engines import (
+    ENGINES,
+    BatchState,
+    Rule,
+    StageEngine,
+    StageMap,
+    has_closed_form,
+    rule_for,
+    stage_engine,
+)
 from lightning_altmin.engines.autograd import AutogradMap
 from lightning_altmin.engines.chain import Chain
 from lightning_altmin.engines.rule import Point
@@ -109,6 +118,23 @@ class RecurrentStage(Stage):
         self.engine = (ClosedFormRecurrence if by_rules else AutogradRecurrence)(network.step_input, network.cell)
 
 
+class ReadStep:
+    """What the output layer makes of one of the codes that it reads: ``W s(c)`` with its columns of the weight."""
+
+    def __init__(self, network: ElmanRNN, engine: StageEngine, code: Tensor, place: int) -> None:
+        self._engine, self._code = engine, code
+        self._columns = network.head.weight[:, place * network.hidden : (place + 1) * network.hidden]
+        self._read, self._state = engine.encode(code)
+
+    def change(self, move: Tensor) -> Tensor:
+        """How far the output moves with the code."""
+        return self._engine.fixed(self._code, self._state, move).change(self._read) @ self._columns.t()
+
+    def input_gradient(self, grad: Tensor, move: Tensor | None) -> Tensor:
+        """With respect to the code, moved."""
+        return self._engine.fixed(self._code, self._state, move).input_gradient(grad @ self._columns)
+
+
 @dataclass(kw_only=True)
 class ReadCodeProblem(CodeProblem):
     """The problem of a code that the output layer reads, beside the next step if there is one.
@@ -117,35 +143,26 @@ class ReadCodeProblem(CodeProblem):
     this code from above (`signal`), for so is what the next step asks: together they stay in proportion.
 
     Attributes:
-        head: The output stage.
-        head_state: What encode fixed in it.
-        read: Its input as encode found it.
-        output: The network's output as encode found it.
-        moves: How far the codes that it reads have moved.
-        place: Which of them this is.
+        read: What the output layer makes of this code.
+        output: The network's output as the later codes, which have moved, have left it.
     """
 
-    head: Stage
-    head_state: BatchState
-    read: Tensor
+    read: ReadStep
     output: Tensor
-    moves: list[Tensor]
-    place: int
 
     def smooth_gradient(self, move: Tensor | None = None) -> Tensor:
-        head = self._head(move)
-        read = head.input_gradient(self._loss_gradient(head.change(self.output)))
-        gradient = self._in_proportion(read.chunk(len(self.moves), 1)[self.place])
+        change = None if move is None else self.read.change(move)
+        gradient = self._in_proportion(self.read.input_gradient(self._loss_gradient(change), move))
         if not self.is_top:
             return gradient + super().smooth_gradient(move)
         anchor = None if move is None else self.objective.code_anchor_gradient(move)
         return gradient if anchor is None else gradient + anchor
 
     def curvature(self, direction: Tensor, move: Tensor | None = None) -> Tensor:
-        here = self._head(move).change(self.output)
-        there = self._head(-direction if move is None else move - direction).change(self.output)
+        here = None if move is None else self.read.change(move)
+        there = self.read.change(-direction if move is None else move - direction)
         bend = self._loss_gradient(here) - self._loss_gradient(there)
-        curvature = self._in_proportion(((here - there) * bend).flatten(1).sum(1))
+        curvature = self._in_proportion(((-there if here is None else here - there) * bend).sum(1))
         if not self.is_top:
             return curvature + super().curvature(direction, move)
         anchor = self.objective.code_anchor_gradient(direction)
@@ -154,14 +171,10 @@ class ReadCodeProblem(CodeProblem):
     def value(self, move: Tensor | None = None) -> Tensor:
         raise TypeError("a code that two stages read has a gradient and a curvature, but no value, for its solver")
 
-    def _head(self, move: Tensor | None) -> StageMap:
-        """The output stage at the codes as they are now, this one moved."""
-        moves = list(self.moves)
-        moves[self.place] = torch.zeros_like(self.forward) if move is None else move
-        return self.head.fixed(self.read, self.head_state, torch.cat(moves, 1))
-
-    def _loss_gradient(self, change: Tensor) -> Tensor:
-        return self.objective.code_loss_gradient(self.loss.elsewhere(self.output + change))
+    def _loss_gradient(self, change: Tensor | None) -> Tensor:
+        return self.objective.code_loss_gradient(
+            self.loss.elsewhere(self.output if change is None else self.output + change)
+        )
 
     def _in_proportion(self, term: Tensor) -> Tensor:
         return term if self.signal is None else term * self.signal
@@ -216,18 +229,30 @@ class CodedRecurrentNetwork(CodedNetwork):
             )
 
     def whole_problem(self, problem: CodeProblem, step: Step, level: int) -> CodeProblem:
-        place = level - len(step.codes_forward) + self.network.reads
-        if self.network.reads == 1 or place < 0:
+        reads = self.network.reads
+        place = level - len(step.codes_forward) + reads
+        if reads == 1 or place < 0:
             return problem
+        output = step.output
+        for later in range(place + 1, reads):
+            output = output + self._change(step, later)
         return ReadCodeProblem(
             **{field.name: getattr(problem, field.name) for field in fields(problem)},
-            head=self.stages[1],
-            head_state=step._states[-1],
-            read=self.network.read(step.codes_forward),
-            output=step.output,
-            moves=step.moves[-self.network.reads :],
-            place=place,
+            read=self._read_step(step, place),
+            output=output,
         )
+
+    def _read_step(self, step: Step, place: int) -> ReadStep:
+        engine = stage_engine([self.network.activation], self.stages[1].engine.kind)
+        return ReadStep(self.network, engine, step.codes_forward[place - self.network.reads], place)
+
+    def _change(self, step: Step, place: int) -> Tensor:
+        """How far a code's move has changed the output; each is computed once."""
+        move = step.moves[place - self.network.reads]
+        known = step._read_changes.get(place)
+        if known is None or known[0] is not move:
+            known = step._read_changes[place] = move, self._read_step(step, place).change(move)
+        return known[1]
 
     def stage_data(self, step: Step, index: int, moved: bool) -> StageData:
         if index == 1:

@@ -44,6 +44,8 @@ class Step:
     _signals: list[Tensor | None] = field(default_factory=list, repr=False)
     _margins: list[MarginLoss | None] = field(default_factory=list, repr=False)
     _states: list[BatchState] = field(default_factory=list, repr=False)
+    _read_changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """Of the codes that a recurrent network's output layer reads: a move, and how far it has changed the output."""
     _given: Any = field(default=None, repr=False)
     """The targets as they came; ``y`` differs from them where labels could not be read."""
     _keep: bool = field(default=True, repr=False)

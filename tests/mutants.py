@@ -166,6 +166,13 @@ MUTANTS = (
         "residual.mul_(scale)",
         ("core/test_curvature_codes.py::test_weight_gradients_do_not_follow_the_rates",),
     ),
+    Mutant(
+        "the loss of a step that two read is out of proportion to what the next step asks",
+        "recurrent.py",
+        "return term if self.signal is None else term * self.signal",
+        "return term",
+        ("core/test_recurrent.py::test_shares_of_a_plain_step_are_divided_out_step_by_step",),
+    ),
     # ---- code solvers
     Mutant(
         "momentum of the code step swapped for its complement",
