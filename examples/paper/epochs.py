@@ -107,7 +107,7 @@ def table(rows: list[Row]) -> str:
     for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
         final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
         marks = sorted({r.epochs for r in final} & {1, 5, 10, 20, 50} or {r.epochs for r in final})
-        heads = ["method", "setting", "seeds", *(f"{mark} epochs" for mark in marks)]
+        heads = ["method", "setting", "seeds", *(f"epoch {mark}" for mark in marks)]
         lines = []
         for method in dict.fromkeys(r.method for r in final):
             mine = [r for r in final if r.method == method]
