@@ -76,6 +76,26 @@ def test_equals_one_process(name: str, kind: str, world: int) -> None:
     compare(launch(world, share), state(model, fit))
 
 
+def test_bf16_mixed() -> None:
+    """Catches codes or moves that cross a border in sixteen bits, or a process that computes in another precision.
+
+    Every sample is computed on its own layer's process by the same products; what is left is the rounding of sums.
+    """
+    single = [(x.float(), y) for x, y in data()]
+
+    def run(fit: Trainer) -> State:
+        model = module(weights=LocalGradient(OPTIMIZERS["sgd"])).float()
+        fit.fit(model, loader(single))
+        return {name: value for name, value in model.state_dict().items() if "network" in name}
+
+    start = {name: value for name, value in module().float().state_dict().items() if "network" in name}
+    found = launch(2, lambda rank: run(layers(precision="bf16-mixed")))
+    expected = run(trainer(devices=1, precision="bf16-mixed"))
+    assert all(value.dtype == torch.float32 for value in found[0].values())
+    assert all(float((value - expected[name]).abs().max()) > 0.01 for name, value in start.items()), "nothing trained"
+    compare(found, expected, 2e-3)
+
+
 class Held(Callback):
     """Notes what a process holds while it trains: numbers of parameters, optimizer state and memory."""
 
