@@ -134,7 +134,8 @@ class ElmanRNN(nn.Module):
         driven = nn.functional.linear(inputs, w_x, self.cell.bias)  # all steps at once
         codes = [driven[:, 0]]
         for t in range(1, driven.shape[1]):
-            codes.append(torch.addmm(driven[:, t], self.activation(codes[-1]) * begun[:, t], w_h.t()))
+            code = torch.addmm(driven[:, t], self.activation(codes[-1]) * begun[:, t], w_h.t())
+            codes = [*codes, code][-self.reads :]  # without gradients, those before need not be held
         output: Tensor = self.head(self.activation(self.read(codes)))
         return output
 
