@@ -140,7 +140,7 @@ METHODS: dict[str, Callable[..., LightningModule]] = {
     "discrete codes, flips=0": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=0.05),
     "hinge, flips=0": functools.partial(discrete, Sign, lr=0.002, flips=0, mu=0.05, codes=HingeCodes),
     "straight-through backprop": functools.partial(backprop, StraightThroughSign, lr=0.002),
-    "official recipe": official,
+    "official recipe": functools.partial(official),
     "tanh backprop": functools.partial(backprop, nn.Tanh, lr=0.002),
     "step": functools.partial(discrete, Heaviside, lr=0.002, flips=0, mu=1.0),
     "hard threshold": functools.partial(discrete, HardThreshold, lr=0.002, flips=0, mu=1.0),
