@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "paper"))
 import accuracy
 import bcd_mnist
 import convergence
+import curves
 import epochs
 import first_epoch
 from intervals import interval
@@ -80,11 +81,11 @@ def time_and_memory() -> str:
 
 
 def first_epochs() -> str:
-    return first_epoch.table(read(RESULTS / "first_epoch.csv", first_epoch.Row))
+    return curves.table(read(RESULTS / "first_epoch.csv", curves.Row), first_epoch.COLUMN)
 
 
 def fifty_epochs() -> str:
-    return epochs.table(read(RESULTS / "epochs.csv", epochs.Row))
+    return curves.table(read(RESULTS / "epochs.csv", curves.Row), epochs.COLUMN, epochs.SHOWN)
 
 
 def offline() -> str:

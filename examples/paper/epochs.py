@@ -17,40 +17,22 @@ not repeated.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from first_epoch import METHODS, OFFLINE, Run, loaded, memory, stepper
-from intervals import interval
-from rows import append, markdown, read
+from curves import Row, Run, best, plot, table, unfinished
+from first_epoch import METHODS, OFFLINE, loaded, memory, stepper
+from rows import append, read
 
 from lightning_altmin.guard import NonFiniteError
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "epochs.csv"
 BATCH = 200
 MARKS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 50)
+COLUMN, SHOWN = "epoch {}", (1, 5, 10, 20, 50)
 TUNE_EPOCHS, SMALL_EPOCHS = 15, 2
 ONLINE = tuple(method for method in METHODS if method not in OFFLINE)
-
-
-@dataclass(frozen=True)
-class Row:
-    """The accuracy of one run after some number of epochs; 0 once it has diverged."""
-
-    suite: str
-    phase: str
-    method: str
-    setting: str
-    seed: int
-    epochs: int
-    accuracy: float
-
-    @property
-    def run(self) -> tuple[str, ...]:
-        return self.suite, self.phase, self.method, self.setting, str(self.seed)
 
 
 def curve(run: Run, samples: memory.Samples, marks: list[int]) -> Iterator[tuple[int, float]]:
@@ -76,69 +58,20 @@ def train(run: Run, root: str, epochs: int) -> list[Row]:
     return [Row(*run, mark, accuracy) for mark, accuracy in found.items()]
 
 
-def best(rows: list[Row], suite: str, method: str) -> str:
-    """The setting with the highest validation accuracy at the end of its run."""
-    tuned = [r for r in rows if (r.suite, r.phase, r.method) == (suite, "tune", method)]
-    if not tuned:
-        raise SystemExit(f"no tuning runs of {method} on {suite}: run `tune` first")
-    last = max(r.epochs for r in tuned)
-    return max((r for r in tuned if r.epochs == last), key=lambda r: r.accuracy).setting
-
-
 def execute(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results, Row)
     suite, methods = arguments.suite, arguments.methods
+    tuning_epochs, final_epochs = (SMALL_EPOCHS, SMALL_EPOCHS) if arguments.small else (TUNE_EPOCHS, MARKS[-1])
     runs: list[Run]
     if arguments.command == "tune":
         runs = [(suite, "tune", method, setting, 100) for method in methods for setting in METHODS[method]]
     else:
-        runs = [(suite, "final", m, best(rows, suite, m), seed) for seed in range(arguments.seeds) for m in methods]
-    epochs = TUNE_EPOCHS if arguments.command == "tune" else MARKS[-1]
-    done = {row.run for row in rows}
-    for run in runs:
-        if (*run[:-1], str(run[-1])) not in done:
-            append(arguments.results, found := train(run, arguments.root, SMALL_EPOCHS if arguments.small else epochs))
-            print(*run, *(f"{row.epochs}: {100 * row.accuracy:.2f}" for row in found), flush=True)
-
-
-def table(rows: list[Row]) -> str:
-    """Means over seeds with 95 % intervals (t distribution), by method and number of epochs."""
-    parts = []
-    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
-        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
-        marks = sorted({r.epochs for r in final} & {1, 5, 10, 20, 50} or {r.epochs for r in final})
-        heads = ["method", "setting", "seeds", *(f"epoch {mark}" for mark in marks)]
-        lines = []
-        for method in dict.fromkeys(r.method for r in final):
-            mine = [r for r in final if r.method == method]
-            cells = [interval([100 * r.accuracy for r in mine if r.epochs == mark]) for mark in marks]
-            lines.append((method, mine[0].setting, len({r.seed for r in mine}), *cells))
-        parts += [f"{suite}:", markdown(heads, lines)]
-    return "\n\n".join(parts)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
-    from matplotlib import pyplot
-
-    suites = list(dict.fromkeys(r.suite for r in rows if r.phase == "final"))
-    figure, axes = pyplot.subplots(1, len(suites), figsize=(5 * len(suites), 3.5), squeeze=False)
-    for axis, suite in zip(axes[0], suites, strict=True):
-        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
-        for method in dict.fromkeys(r.method for r in final):
-            marks = sorted({r.epochs for r in final if r.method == method})
-            errors = [
-                100 - statistics.mean(100 * r.accuracy for r in final if (r.method, r.epochs) == (method, m))
-                for m in marks
-            ]
-            axis.plot(marks, errors, "o-", markersize=3, linewidth=1, label=method)
-        axis.set(title=suite, xlabel="epochs", ylabel="test error, %", xscale="log", yscale="log")
-    axes[0][0].legend(fontsize="x-small")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+        ends = [row for row in rows if row.seen == tuning_epochs]
+        runs = [(suite, "final", m, best(ends, suite, m), seed) for seed in range(arguments.seeds) for m in methods]
+    for run in unfinished(runs, rows):
+        found = train(run, arguments.root, tuning_epochs if arguments.command == "tune" else final_epochs)
+        append(arguments.results, found)
+        print(*run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in found), flush=True)
 
 
 def main() -> None:
@@ -157,9 +90,9 @@ def main() -> None:
     if arguments.results is None:
         arguments.results = RESULTS.with_stem("epochs_small") if arguments.small else RESULTS
     if arguments.command == "table":
-        print(table(read(arguments.results, Row)))
+        print(table(read(arguments.results, Row), COLUMN, SHOWN))
     elif arguments.command == "plot":
-        plot(read(arguments.results, Row), arguments.results.with_suffix(".svg"))
+        plot(read(arguments.results, Row), arguments.results.with_suffix(".svg"), "epochs", errors=True)
     else:
         execute(arguments)
 

@@ -24,13 +24,10 @@ import argparse
 import functools
 import itertools
 import logging
-import math
-import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +38,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py has the data, judge and steps
 import memory
-from intervals import interval
-from rows import append, markdown, read
+from curves import Row, Run, best, plot, table, unfinished
+from rows import append, read
 
 from lightning_altmin import AltMin, LocalGradient
 from lightning_altmin.baselines import ADMMModule, Hinge, MACModule, SquaredError
@@ -65,26 +62,7 @@ METHODS = {
     "MAC": tuple(f"mu={mu} growth={growth}" for mu, growth in itertools.product((0.01, 0.1, 1.0), (1.5, 4.0))),
 }
 OFFLINE = ("ADMM", "MAC")
-
-
-@dataclass(frozen=True)
-class Row:
-    """The accuracy of one run after some number of batches; 0 once it has diverged."""
-
-    suite: str
-    phase: str
-    method: str
-    setting: str
-    seed: int
-    batches: int
-    accuracy: float = math.nan
-
-    @property
-    def run(self) -> tuple[str, ...]:
-        return self.suite, self.phase, self.method, self.setting, str(self.seed)
-
-
-Run = tuple[str, str, str, str, int]
+COLUMN = "{} batches"
 
 
 def altmin(network: nn.Module, method: str, rate: float) -> memory.Step:
@@ -173,15 +151,6 @@ def train(run: Run, root: str, small: bool) -> list[Row]:
     return [Row(suite, phase, method, setting, seed, mark, accuracy) for mark, accuracy in found.items()]
 
 
-def best(rows: list[Row], suite: str, method: str) -> str:
-    """The setting with the highest validation accuracy, a mean over marks and seeds."""
-    tuned = [r for r in rows if (r.suite, r.phase, r.method) == (suite, "tune", method)]
-    if not tuned:
-        raise SystemExit(f"no tuning runs of {method} on {suite}: run `tune` first")
-    settings = dict.fromkeys(r.setting for r in tuned)
-    return max(settings, key=lambda s: statistics.mean(r.accuracy for r in tuned if r.setting == s))
-
-
 def planned(phase: str, suite: str, rows: list[Row], seeds: int, wanted: list[str]) -> list[Run]:
     if phase == "final":
         return [(suite, phase, m, best(rows, suite, m), seed) for seed in range(seeds) for m in wanted]
@@ -195,8 +164,7 @@ def planned(phase: str, suite: str, rows: list[Row], seeds: int, wanted: list[st
 
 def execute(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results, Row)
-    runs = planned(arguments.command, arguments.suite, rows, arguments.seeds, arguments.methods)
-    runs = [run for run in runs if (*run[:-1], str(run[-1])) not in {row.run for row in rows}]
+    runs = unfinished(planned(arguments.command, arguments.suite, rows, arguments.seeds, arguments.methods), rows)
     one = functools.partial(train, root=arguments.root, small=arguments.small)
     if arguments.workers > 1:
         with ProcessPoolExecutor(arguments.workers) as pool:
@@ -208,47 +176,7 @@ def execute(arguments: argparse.Namespace) -> None:
 def _write(path: Path, finished: Iterator[list[Row]]) -> None:
     for rows in finished:
         append(path, rows)
-        print(*rows[0].run, *(f"{row.batches}: {100 * row.accuracy:.2f}" for row in rows), flush=True)
-
-
-def table(rows: list[Row]) -> str:
-    """Means over seeds with 95 % intervals (t distribution), by method and number of batches."""
-    parts = []
-    for suite in dict.fromkeys(r.suite for r in rows if r.phase == "final"):
-        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
-        marks = sorted({r.batches for r in final})
-        heads = ["method", "setting", "seeds", *(f"{mark} batches" for mark in marks)]
-        lines = []
-        for method in dict.fromkeys(r.method for r in final):
-            mine = [r for r in final if r.method == method]
-            cells = [interval([100 * r.accuracy for r in mine if r.batches == mark]) for mark in marks]
-            lines.append((method, mine[0].setting, len({r.seed for r in mine}), *cells))
-        parts += [f"{suite}:", markdown(heads, lines)]
-    return "\n\n".join(parts)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
-    from matplotlib import pyplot
-
-    suites = list(dict.fromkeys(r.suite for r in rows if r.phase == "final"))
-    figure, axes = pyplot.subplots(1, len(suites), figsize=(4.5 * len(suites), 3.5), squeeze=False, sharey=True)
-    for axis, suite in zip(axes[0], suites, strict=True):
-        final = [r for r in rows if (r.suite, r.phase) == (suite, "final")]
-        for method in dict.fromkeys(r.method for r in final):
-            marks = sorted({r.batches for r in final if r.method == method})
-            means = [
-                statistics.mean(100 * r.accuracy for r in final if (r.method, r.batches) == (method, m)) for m in marks
-            ]
-            axis.plot(marks, means, "s--" if method in OFFLINE else "o-", markersize=3, linewidth=1, label=method)
-        axis.set(title=suite, xlabel="mini-batches of 200 seen", xscale="log")
-    axes[0][0].set(ylabel="test accuracy, %")
-    axes[0][0].legend(fontsize="x-small", loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+        print(*rows[0].run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in rows), flush=True)
 
 
 def main() -> None:
@@ -267,9 +195,10 @@ def main() -> None:
     if arguments.results is None:
         arguments.results = RESULTS.with_stem("first_epoch_small") if arguments.small else RESULTS
     if arguments.command == "table":
-        print(table(read(arguments.results, Row)))
+        print(table(read(arguments.results, Row), COLUMN))
     elif arguments.command == "plot":
-        plot(read(arguments.results, Row), arguments.results.with_suffix(".svg"))
+        figure = arguments.results.with_suffix(".svg")
+        plot(read(arguments.results, Row), figure, "mini-batches of 200 seen", squares=OFFLINE)
     else:
         execute(arguments)
 

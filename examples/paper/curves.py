@@ -1,0 +1,115 @@
+"""Accuracy by how much a method has seen: the rows that the paper's experiments keep, their choice, table and plot."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/intervals.py and rows.py
+from intervals import interval
+from rows import markdown
+
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
+from matplotlib import pyplot  # noqa: E402
+
+Run = tuple[str, str, str, str, int]
+"""Suite (network and data), phase, method, its setting, seed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The accuracy of one run after it has seen so much, in the unit of its script; 0 once it has diverged."""
+
+    suite: str
+    phase: str
+    method: str
+    setting: str
+    seed: int
+    seen: int
+    accuracy: float = math.nan
+
+    @property
+    def run(self) -> Run:
+        return self.suite, self.phase, self.method, self.setting, self.seed
+
+
+def unfinished(runs: Iterable[Run], rows: Iterable[Row]) -> list[Run]:
+    """The runs that have no rows yet."""
+    done = {row.run for row in rows}
+    return [run for run in runs if run not in done]
+
+
+def best(rows: Iterable[Row], suite: str, method: str) -> str:
+    """The setting with the highest mean accuracy over the tuning rows that are given.
+
+    Raises:
+        SystemExit: If there are none.
+    """
+    tuned = [r for r in rows if (r.suite, r.phase, r.method) == (suite, "tune", method)]
+    if not tuned:
+        raise SystemExit(f"no tuning runs of {method} on {suite}: run `tune` first")
+    settings = dict.fromkeys(r.setting for r in tuned)
+    return max(settings, key=lambda s: statistics.mean(r.accuracy for r in tuned if r.setting == s))
+
+
+def final_rows(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
+    """By suite and method, in the order in which they were run."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row.phase == "final":
+            found.setdefault(row.suite, {}).setdefault(row.method, []).append(row)
+    return found
+
+
+def table(rows: Iterable[Row], unit: str, shown: Collection[int] = ()) -> str:
+    """Means over seeds with 95 % intervals (t distribution), a column for each amount seen that is to be shown.
+
+    Args:
+        rows: Of all phases; the final ones are shown.
+        unit: What ``seen`` counts, with the number in the place of ``{}``.
+        shown: These amounts, as far as there are any; all, if empty.
+    """
+    parts = []
+    for suite, methods in final_rows(rows).items():
+        amounts = sorted({row.seen for mine in methods.values() for row in mine})
+        amounts = [amount for amount in amounts if amount in shown] or amounts
+        lines = []
+        for method, mine in methods.items():
+            cells = [interval([100 * r.accuracy for r in mine if r.seen == amount]) for amount in amounts]
+            lines.append((method, mine[0].setting, len({r.seed for r in mine}), *cells))
+        heads = ["method", "setting", "seeds", *(unit.format(f"{amount:,}") for amount in amounts)]
+        parts += [f"{suite}:", markdown(heads, lines)]
+    return "\n\n".join(parts)
+
+
+def plot(rows: Iterable[Row], path: Path, label: str, errors: bool = False, squares: Collection[str] = ()) -> None:
+    """Means over seeds, a panel for each suite.
+
+    Args:
+        rows: Of all phases; the final ones are drawn.
+        path: The SVG file.
+        label: Of the horizontal axis.
+        errors: Whether errors are drawn, on a logarithmic scale, and not accuracies.
+        squares: Methods drawn with squares and dashes.
+    """
+    suites = final_rows(rows)
+    figure, axes = pyplot.subplots(1, len(suites), figsize=(4.7 * len(suites), 3.5), squeeze=False, sharey=not errors)
+    for axis, (suite, methods) in zip(axes[0], suites.items(), strict=True):
+        for method, mine in methods.items():
+            amounts = sorted({row.seen for row in mine})
+            means = [statistics.mean(100 * r.accuracy for r in mine if r.seen == amount) for amount in amounts]
+            values = [100 - mean for mean in means] if errors else means
+            style = "s--" if method in squares else "o-"
+            axis.plot(amounts, values, style, markersize=3, linewidth=1, label=method)
+        axis.set(title=suite, xlabel=label, xscale="log", yscale="log" if errors else "linear")
+    axes[0][0].set(ylabel="test error, %" if errors else "test accuracy, %")
+    axes[0][0].legend(fontsize="x-small", loc="best")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
