@@ -205,7 +205,7 @@ MUTANTS = (
     ),
     Mutant(
         "network's output left in a graph (missing detach)",
-        "losses.py",
+        "losses/by_autograd.py",
         "            output = output.detach().requires_grad_()\n            scalar",
         "            output = output.requires_grad_()\n            scalar",
         ("core/test_losses.py::test_the_output_is_left_out_of_graphs",),
