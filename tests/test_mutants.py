@@ -6,7 +6,8 @@ import ast
 
 import pytest
 
-from tests.mutants import MUTANTS, PACKAGE, ROOT, Mutant
+from tests.mutants import PACKAGE, ROOT
+from tests.mutations import MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
