@@ -151,7 +151,7 @@ def signal(arguments: argparse.Namespace) -> None:
             step = core.encode(x, y)
             core.solve_codes(step)
             backward = _gradient_norms(core, x, y)
-            signals = [1.0 if s is None else float(s) for s in step._signals]
+            signals = [1.0 if s is None else float(s) for s in step.signals]
             for t, (move, arrived, gradient) in enumerate(zip(step.moves, signals, backward, strict=True)):
                 norm = float(move.double().norm() * core.objective.mu)  # squares of the lowest underflow in float32
                 rows.append((number, t + 1, norm, norm / arrived, gradient))

@@ -100,14 +100,14 @@ class AltMin(nn.Module):
         self._nonfinite: Policy = nonfinite
         self._guard: Guard = guard_for(torch.device("cpu"), nonfinite)
         self._guarded = "cpu"
-        self._norms = batch_norms([self.network])
+        self.norms = batch_norms([self.network])
         self._buffer_owners = buffer_owners(self.network, self.codes, self.weights)
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
-        self._split_verified = not self.coded.split_found
-        self._compiled: CompiledBatch | None = None
+        self.split_verified = not self.coded.split_found
+        self.compiled: CompiledBatch | None = None
         self.processes = processes
-        self._compiled = CompiledBatch(self, compile) if compile else None
+        self.compiled = CompiledBatch(self, compile) if compile else None
 
     # ---------------------------------------------------------------- the algorithm
 
@@ -143,24 +143,24 @@ class AltMin(nn.Module):
         """Phase 1: the forward pass sets the codes. Running statistics and the random state advance here only."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor of inputs, shape (batch, *features), got {type(x).__name__}")
-        if not self._split_verified:
+        if not self.split_verified:
             self.coded.verify_split(x)
-            self._split_verified = True
+            self.split_verified = True
         if x.shape[0] == 0:
             raise ValueError(f"the batch is empty: x has shape {tuple(x.shape)}")
         self.processes.begin(self)
         number, buffers = self.batches_seen, Buffers(self._buffer_owners)
-        run = self.run_encode if self._compiled is None else self._compiled
+        run = self.run_encode if self.compiled is None else self.compiled
         with buffers.restored_on_error():
             step = run(x, y, keep_codes, self.codes.measures(number))
-        step.number, step._buffers = number, buffers
+        step.number, step.buffers = number, buffers
         self.batches_seen += 1
         return step
 
     def run_encode(self, x: Tensor, y: Any, keep_codes: bool, measures: bool) -> Step:
         """The part of `encode` that depends on the batch alone."""
         encoding = self.coded.encode(x)
-        if self._compiled is None:  # which has checked before, for this looks at the labels
+        if self.compiled is None:  # which has checked before, for this looks at the labels
             self.local_loss.check(encoding.output, y)
         given = y
         if x.device.type != "cpu":  # where labels have been looked at
@@ -176,14 +176,14 @@ class AltMin(nn.Module):
             loss,
             encoding.codes,
             moves=[code.new_zeros(()).expand_as(code) for code in encoding.codes],  # not moved yet, no memory
-            _signals=[None] * len(encoding.codes),
-            _margins=[None] * len(encoding.codes),
+            signals=[None] * len(encoding.codes),
+            margins=[None] * len(encoding.codes),
             code_steps=[None] * len(encoding.codes),
-            _loss_at=loss_at,
-            _states=encoding.states,
-            _keep=keep_codes,
-            _measures=measures,
-            _given=given,
+            loss_at=loss_at,
+            states=encoding.states,
+            keeps=keep_codes,
+            measures=measures,
+            given=given,
         )
 
     @torch.no_grad()
@@ -193,18 +193,18 @@ class AltMin(nn.Module):
         Where codes are not kept, a stage's gradients are computed as soon as its own code and the one below have moved,
         and its code is freed: weights change after all of them, so the order does not matter.
         """
-        if step._solved is not None:
+        if step.solved is not None:
             return
-        frees = not step._keep and self.weights.steps == 1 and self.coded.one_code_per_stage
+        frees = not step.keeps and self.weights.steps == 1 and self.coded.one_code_per_stage
         gradients: Gradients = []
         for level in range(len(step.codes_forward) - 1, -1, -1):
             self.move_code(step, level)
             if frees:
-                gradients += self._passing_gradients(step, level + 1)
+                gradients += self.passing_gradients(step, level + 1)
         if frees:
-            gradients += self._passing_gradients(step, 0)
+            gradients += self.passing_gradients(step, 0)
             gradients = self.weights.complete(gradients)
-            step._solved = gradients, is_bad(gradients, self._evidence(step))
+            step.solved = gradients, is_bad(gradients, self._evidence(step))
 
     def move_code(self, step: Step, level: int) -> None:
         """Move one code; the one above has moved before."""
@@ -214,16 +214,16 @@ class AltMin(nn.Module):
         # Several weight steps go all the way to a code's target, whose own size then matters.
         if problem.rate is not None and self.weights.steps == 1:
             signal = problem.rate if signal is None else problem.rate * signal
-        step._signals[level] = signal
-        step._margins[level] = problem.margins
+        step.signals[level] = signal
+        step.margins[level] = problem.margins
         step.code_steps[level] = problem.steps
 
-    def _passing_gradients(self, step: Step, level: int) -> Gradients:
+    def passing_gradients(self, step: Step, level: int) -> Gradients:
         """One stage's local gradients; the codes above its input are freed on the way, and that one if it can be."""
         problem = self.weight_problem(step, level)
         # Not `del step.moves[level:]`, which torch 2.8 cannot trace.
         step.codes_forward, step.moves = step.codes_forward[:level], step.moves[:level]
-        step._margins, step._states = step._margins[:level], step._states[:level]
+        step.margins, step.states = step.margins[:level], step.states[:level]
         if self.weights.uses_up:
             problem.passing = True
             problem.spends = not self.codes.reads_outputs
@@ -233,7 +233,7 @@ class AltMin(nn.Module):
                 # Whoever reads it all the same makes the batch a bad one.
                 step.codes_forward[-1] = step.output.new_full((), torch.nan).expand(step.codes_forward[-1].shape)
             if level == self.coded.depth:
-                step._loss_at = LossAt(self.local_loss, step.output, step.y)  # without what the old one has computed
+                step.loss_at = LossAt(self.local_loss, step.output, step.y)  # without what the old one has computed
         return self.weights.gradients(problem)
 
     @torch.no_grad()
@@ -248,10 +248,10 @@ class AltMin(nn.Module):
         Returns:
             Whether the batch was admitted (an accelerator is not asked: there it is always ``True``).
         """
-        gradients, bad = self.differentiate(step, inner) if step._solved is None else step._solved
+        gradients, bad = self.differentiate(step, inner) if step.solved is None else step.solved
         gradients, bad = self.processes.share(self, step, gradients, bad, first=inner == 0)
-        assert step._buffers is not None
-        admitted = self.guard.admit(step.number, gradients, bad, step._buffers)
+        assert step.buffers is not None
+        admitted = self.guard.admit(step.number, gradients, bad, step.buffers)
         for parameter, gradient in admitted:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return bool(admitted) or not gradients
@@ -261,7 +261,7 @@ class AltMin(nn.Module):
         gradients: Gradients = []
         for problem in self.weight_problems(step, inner):
             gradients += self.weights.gradients(problem)
-            if step._keep and inner == 0 and problem.move is not None:
+            if step.keeps and inner == 0 and problem.move is not None:
                 _ = problem.output_gradient  # which finds the residual, if the solver had no need of it
                 assert problem.residual is not None
                 step.residuals.append(problem.residual.square().sum() / problem.residual.shape[0])
@@ -282,15 +282,15 @@ class AltMin(nn.Module):
         problem = CodeProblem(
             objective=self.objective,
             above=self.coded.stages[makers[level + 1]],
-            state=step._states[level + 1],
+            state=step.states[level + 1],
             forward=step.codes_forward[level],
             forward_output=step.output if is_top else step.codes_forward[level + 1],
             target_move=None if is_top else step.moves[level + 1],
-            loss=step._loss_at,
+            loss=step.loss_at,
             level=makers[level],
-            measures=step._measures,
-            signal=None if is_top else step._signals[level + 1],
-            target_margins=None if is_top else step._margins[level + 1],
+            measures=step.measures,
+            signal=None if is_top else step.signals[level + 1],
+            target_margins=None if is_top else step.margins[level + 1],
         )
         return self.coded.whole_problem(problem, step, level)
 
@@ -310,7 +310,7 @@ class AltMin(nn.Module):
             forward_output=data.forward_output,
             move=data.move,
             input_move=data.input_move,
-            loss=step._loss_at,
+            loss=step.loss_at,
             signal=data.signal,
             margins=data.margins,
             processes=self.processes,
@@ -329,8 +329,8 @@ class AltMin(nn.Module):
     def processes(self, processes: Processes) -> None:
         self.coded.share(processes.samples)
         self._processes = processes
-        if self._compiled is not None:
-            self._compiled.check_stages()
+        if self.compiled is not None:
+            self.compiled.check_stages()
 
     def pending_gradients(self) -> dict[str, Tensor]:
         """Gradients that are being accumulated, by parameter name."""
@@ -390,10 +390,8 @@ class AltMin(nn.Module):
 
     def _evidence(self, step: Step) -> list[Tensor]:
         # BatchNorm divides by its deviation, so a huge value spoils the running variance and no gradient.
-        evidence = [step.loss, *(n.running_var.sum() for n in self._norms if n.running_var is not None)]
+        evidence = [step.loss, *(n.running_var.sum() for n in self.norms if n.running_var is not None)]
         evidence += self.weights.evidence()
-        if isinstance(self.local_loss, CrossEntropy) and step.y is not step._given:
-            evidence.append(
-                self.local_loss.labels_fit(step.output, step._given)
-            )  # not checked in encode: it would sync
+        if isinstance(self.local_loss, CrossEntropy) and step.y is not step.given:
+            evidence.append(self.local_loss.labels_fit(step.output, step.given))  # not checked in encode: it would sync
         return evidence

@@ -127,6 +127,6 @@ class CompiledBatch:
 def _whole_batch(core: AltMin, x: Tensor, y: Any, keep_codes: bool, measures: bool) -> Step:
     step = core.run_encode(x, y, keep_codes, measures)
     core.solve_codes(step)
-    if step._solved is None:  # else the code step has done it on its way
-        step._solved = core.differentiate(step)
+    if step.solved is None:  # else the code step has done it on its way
+        step.solved = core.differentiate(step)
     return step

@@ -129,13 +129,13 @@ class CodedNetwork:
         """
         hidden = index < self.depth
         return StageData(
-            step._states[index],
+            step.states[index],
             step.x if index == 0 else step.codes_forward[index - 1],
             step.moves[index - 1] if index > 0 and moved else None,
             step.codes_forward[index] if hidden else step.output,
             step.moves[index] if hidden else None,
-            step._signals[index] if hidden else None,
-            step._margins[index] if hidden else None,
+            step.signals[index] if hidden else None,
+            step.margins[index] if hidden else None,
         )
 
     def encode(self, x: Tensor) -> Encoding:
@@ -153,11 +153,11 @@ class CodedNetwork:
 
     def encode_as_evaluated(self, x: Tensor) -> Encoding:
         """`encode` in eval mode: no statistics are updated, nothing is dropped."""
-        with self._evaluating():
+        with self.evaluating():
             return self.encode(x)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """In eval mode; buffers that are updated all the same are put back."""
         training = {module: module.training for module in self.network.modules()}
         samples = self._samples
@@ -188,9 +188,9 @@ class CodedNetwork:
         try:
             # In full precision: the two may round at different places.
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                with self._evaluating():
+                with self.evaluating():
                     output = self.encode(x).output
-                with self._evaluating():
+                with self.evaluating():
                     expected = self.network(x)
         except ValueError as error:
             raise ValueError(f"either x does not fit the network, or {refusal}: {error}") from error

@@ -55,6 +55,6 @@ class Processes:
         """
         if first:
             core.weights.learn(core.weights.measured())
-            if step._measures:
+            if step.measures:
                 core.codes.learn(core.codes.measured())
         return gradients, bad

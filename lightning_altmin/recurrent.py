@@ -249,20 +249,20 @@ class CodedRecurrentNetwork(CodedNetwork):
     def _change(self, step: Step, place: int) -> Tensor:
         """How far a code's move has changed the output; each is computed once."""
         move = step.moves[place - self.network.reads]
-        known = step._read_changes.get(place)
+        known = step.read_changes.get(place)
         if known is None or known[0] is not move:
-            known = step._read_changes[place] = move, self._read_step(step, place).change(move)
+            known = step.read_changes[place] = move, self._read_step(step, place).change(move)
         return known[1]
 
     def stage_data(self, step: Step, index: int, moved: bool) -> StageData:
         if index == 1:
             move = self.network.read(step.moves) if moved else None
-            return StageData(step._states[-1], self.network.read(step.codes_forward), move, step.output, None, None)
+            return StageData(step.states[-1], self.network.read(step.codes_forward), move, step.output, None, None)
         first = self.first_input(step.codes_forward[0])
         below = torch.stack([first, *step.codes_forward[:-1]], 1)
         moves = torch.stack(step.moves, 1)
         below_move = torch.cat([first.unsqueeze(1), moves[:, :-1]], 1) if moved else None
-        signals = [signal for signal in step._signals if signal is not None]
+        signals = [signal for signal in step.signals if signal is not None]
         signal = None
         if signals:  # a share that has become less than the numbers can hold has nothing to be divided
             signal = torch.stack(signals).to(moves.dtype).clamp_min(torch.finfo(moves.dtype).tiny).unsqueeze(1)

@@ -27,6 +27,24 @@ class Step:
         moves: How far the code step moved each code, shaped like the codes.
         residuals: Per hidden stage ``||f_l(input) - c_l||^2``, batch mean, before the weights moved;
             empty where codes are not kept.
+        code_steps: Per code, how many steps a sample took on average, a scalar; ``None`` where the code solver's
+            number is fixed.
+        number: Number of the batch, counted from 0 since training began.
+
+    What one phase leaves to the next:
+
+    Attributes:
+        loss_at: The loss at ``output``.
+        signals: Per code, the share of a plain step of rate 1 that reached it, a scalar; see ``CodeProblem.signal``.
+        margins: Per code, how it is judged where a staircase reads it.
+        states: What each stage's engine keeps of the forward pass.
+        read_changes: Of the codes that a recurrent network's output layer reads: a move, and how far it has changed
+            the output.
+        given: The targets as they came; ``y`` differs from them where labels could not be read.
+        keeps: Whether codes and moves are kept for the caller.
+        measures: Whether the code solver measures something in this batch.
+        buffers: The network's buffers as they were before encode, to be put back if the batch is bad.
+        solved: Gradients and verdict, where a compiled function has computed all phases at once.
     """
 
     x: Tensor
@@ -35,24 +53,19 @@ class Step:
     loss: Tensor
     codes_forward: list[Tensor]
     moves: list[Tensor]
-    _loss_at: LossAt = field(repr=False)
+    loss_at: LossAt = field(repr=False)
     residuals: list[Tensor] = field(default_factory=list)
     code_steps: list[Tensor | None] = field(default_factory=list)
-    """Per code, how many steps a sample took on average, a scalar; `None` where the code solver's number is fixed."""
     number: int = 0
-    """Number of the batch, counted from 0 since training began."""
-    _signals: list[Tensor | None] = field(default_factory=list, repr=False)
-    _margins: list[MarginLoss | None] = field(default_factory=list, repr=False)
-    _states: list[BatchState] = field(default_factory=list, repr=False)
-    _read_changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    """Of the codes that a recurrent network's output layer reads: a move, and how far it has changed the output."""
-    _given: Any = field(default=None, repr=False)
-    """The targets as they came; ``y`` differs from them where labels could not be read."""
-    _keep: bool = field(default=True, repr=False)
-    _measures: bool = field(default=False, repr=False)
-    _buffers: Buffers | None = field(default=None, repr=False)
-    _solved: tuple[Gradients, Tensor] | None = field(default=None, repr=False)
-    """Gradients and verdict, where a compiled function has computed all phases at once."""
+    signals: list[Tensor | None] = field(default_factory=list, repr=False)
+    margins: list[MarginLoss | None] = field(default_factory=list, repr=False)
+    states: list[BatchState] = field(default_factory=list, repr=False)
+    read_changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    given: Any = field(default=None, repr=False)
+    keeps: bool = field(default=True, repr=False)
+    measures: bool = field(default=False, repr=False)
+    buffers: Buffers | None = field(default=None, repr=False)
+    solved: tuple[Gradients, Tensor] | None = field(default=None, repr=False)
 
     @property
     def codes(self) -> list[Tensor]:
@@ -61,4 +74,4 @@ class Step:
 
     def undone_on_error(self) -> AbstractContextManager[None]:
         """Put back the buffers that encode moved if a later phase fails."""
-        return nullcontext() if self._buffers is None else self._buffers.restored_on_error()
+        return nullcontext() if self.buffers is None else self.buffers.restored_on_error()

@@ -138,7 +138,7 @@ def _double(core: AltMin, factor: float) -> AltMin:
     By one factor for all: sums that cancel exactly go on doing so, and no unit leaves a kink that it lies on.
     """
     twin = copy.deepcopy(core).double()
-    twin._compiled = None
+    twin.compiled = None
     twin.processes = Processes()  # nobody else need be asked about this batch
     with torch.no_grad():
         for parameter in twin.network.parameters():
@@ -169,7 +169,7 @@ def _step_gradients(core: AltMin, x: Tensor, y: Any, keep_codes: bool) -> Iterat
     """The gradients of a whole step, by the model's own solvers; where codes are freed, they come in another order."""
     step = core.encode(x, y, keep_codes)
     core.solve_codes(step)
-    gradients, _ = core.differentiate(step) if step._solved is None else step._solved
+    gradients, _ = core.differentiate(step) if step.solved is None else step.solved
     for stage in core.coded.stages:
         yield from _weight_gradients(stage, dict(gradients), ", codes freed")
 

@@ -166,8 +166,8 @@ def _objective(core: AltMin, network: CodedNetwork, step: Step, codes: list[Tens
     objective = core.objective
     inputs = [network.first_input(step.x), *codes]
     stages = [network.stages[maker] for maker in network.makers(len(codes))]
-    outputs = [s.fixed(x, state).output() for s, x, state in zip(stages, inputs, step._states, strict=True)]
-    value = objective.code_loss_value(step._loss_at.elsewhere(outputs[-1]))
+    outputs = [s.fixed(x, state).output() for s, x, state in zip(stages, inputs, step.states, strict=True)]
+    value = objective.code_loss_value(step.loss_at.elsewhere(outputs[-1]))
     for output, code in zip(outputs[:-1], codes, strict=True):
         value = value + objective.code_coupling_value(output - code) + objective.code_sparsity_value(code)
     return value

@@ -48,7 +48,7 @@ def refuse_batch_statistics(core: AltMin) -> None:
     Raises:
         ValueError: If there is one.
     """
-    if any(uses_batch_statistics(norm) for norm in core._norms):
+    if any(uses_batch_statistics(norm) for norm in core.norms):
         raise ValueError(
             "LayerParallel cuts a batch into parts, and a BatchNorm in training mode would normalise each part by "
             "itself: use LayerNorm or GroupNorm, put the BatchNorm into eval mode, or use DataParallel"
@@ -72,7 +72,7 @@ def refuse_uncuttable(core: AltMin, world: int) -> None:
         raise ValueError("LayerParallel needs a code per layer, and a recurrent layer has one per time step")
     if core.weights.steps > 1:
         raise ValueError(f"LayerParallel takes one weight step per batch, weights.steps is {core.weights.steps}")
-    if core._compiled is not None:
+    if core.compiled is not None:
         raise ValueError("LayerParallel runs the phases of a batch on several processes: use compile=False")
     if isinstance(core.codes, DiscreteCodes):
         raise ValueError("LayerParallel hands down moves and shares, not the margins of codes=DiscreteCodes")

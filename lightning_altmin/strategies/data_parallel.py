@@ -107,7 +107,7 @@ class DataParallel(Processes):
         own = [(p, g) for p, g in gradients if id(p) not in outputs]
         last = [(p, g) for p, g in gradients if id(p) in outputs]
         running = self._running_statistics(core) if first else []
-        by_codes = core.codes.measured() if first and step._measures else []
+        by_codes = core.codes.measured() if first and step.measures else []
         by_weights = core.weights.measured() if first else []
         weights = core.local_loss.weight(step.output, step.y)
         samples = torch.full((), float(step.x.shape[0]), device=step.loss.device)
@@ -122,7 +122,7 @@ class DataParallel(Processes):
         for buffer, mean in zip(running, by_samples[len(own) :], strict=True):
             buffer.copy_(mean)
         if first:
-            if step._measures:
+            if step.measures:
                 core.codes.learn(sums[: len(by_codes)])
             core.weights.learn(sums[len(by_codes) : -1])
             step.loss = by_loss[-1]
@@ -131,17 +131,17 @@ class DataParallel(Processes):
 
     def _running_statistics(self, core: AltMin) -> list[Tensor]:
         """Those that processes have each moved by samples of their own."""
-        norms = core._norms if self.samples is None else []
+        norms = core.norms if self.samples is None else []
         running = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         return running + [b for owner, name in self._moving if (b := owner._buffers[name]) is not None]
 
     def _moved_buffers(self, core: AltMin, step: Step) -> list[tuple[nn.Module, str]]:
         """The network's other buffers that the first batch has moved, on any process."""
-        assert step._buffers is not None
-        norms, modules = set(core._norms), set(core.network.modules())
+        assert step.buffers is not None
+        norms, modules = set(core.norms), set(core.network.modules())
         others = [
             (owner, name, moved)
-            for owner, name, moved in step._buffers.moved()
+            for owner, name, moved in step.buffers.moved()
             if owner in modules and owner not in norms
         ]
         flags = torch.stack([moved for _, _, moved in others]).int() if others else torch.zeros(0)

@@ -191,7 +191,7 @@ def stage_costs(core: AltMin, x: Tensor | None = None) -> list[float]:
         work: Callable[[Stage], float] = lambda stage: float(sum(p.numel() for p in stage.parameters()))  # noqa: E731
         return [times * work(stage) for times, stage in zip(passes, stages, strict=True)]
     found = []
-    with torch.no_grad(), core.coded._evaluating():
+    with torch.no_grad(), core.coded.evaluating():
         for stage, times in zip(stages, passes, strict=True):
             with FlopCounterMode(display=False) as counter:
                 x, _ = stage.encode(x)

@@ -131,10 +131,10 @@ class LayerParallel:
             raise ValueError("keep_codes: each process knows the codes of its own layers only; train on one process")
         core = self.core
         refuse_batch_statistics(core)
-        if not core._split_verified:
+        if not core.split_verified:
             with self._deal.whole(everywhere=True):
                 core.coded.verify_split(x)
-            core._split_verified = True
+            core.split_verified = True
         if x.shape[0] == 0:
             raise ValueError(f"the batch is empty: x has shape {tuple(x.shape)}")
         number, buffers = core.batches_seen, Buffers(self._buffer_owners)
@@ -147,7 +147,7 @@ class LayerParallel:
                 for index, (part_x, part_y) in enumerate(cut(x, y, self.micro_batches))
             ]
             step = self._joined(x, y, parts)
-        step._measures, step.number, step._buffers = measures, number, buffers
+        step.measures, step.number, step.buffers = measures, number, buffers
         core.batches_seen += 1
         return step
 
@@ -160,16 +160,16 @@ class LayerParallel:
             if self._above is not None:
                 part.moves[self.last] = self._above.receive(step.x.device)
                 share = self._above.receive(step.x.device)
-                part._signals[self.last] = share.squeeze() if share.numel() else None  # a scalar promotes no type
+                part.signals[self.last] = share.squeeze() if share.numel() else None  # a scalar promotes no type
             for level in range(min(self.last - 1, top), max(self.first - 1, 0) - 1, -1):
                 self.core.move_code(part, level)
             if self._below is not None:
                 self._below.send(part.moves[self.first - 1])
-                signal = part._signals[self.first - 1]
+                signal = part.signals[self.first - 1]
                 self._below.send(step.x.new_empty(0) if signal is None else signal.reshape(1))
         for level in range(max(self.first - 1, 0), min(self.last, top) + 1):
             step.moves[level] = torch.cat([part.moves[level] for part in step.parts])
-            step._signals[level] = step.parts[0]._signals[level]
+            step.signals[level] = step.parts[0].signals[level]
         step.parts.clear()
 
     @torch.no_grad()
@@ -182,12 +182,12 @@ class LayerParallel:
         core = self.core
         gradients: Gradients = []
         for level in range(self.last, self.first - 1, -1):
-            gradients += core._passing_gradients(step, level)
+            gradients += core.passing_gradients(step, level)
         gradients = core.weights.complete(gradients)
         bad = is_bad(gradients, [step.loss, *core.weights.evidence()])
         bad = self._agree(step, bad)
-        assert step._buffers is not None
-        admitted = core.guard.admit(step.number, gradients, bad, step._buffers)
+        assert step.buffers is not None
+        admitted = core.guard.admit(step.number, gradients, bad, step.buffers)
         for parameter, gradient in admitted:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return bool(admitted) or not gradients
@@ -216,11 +216,11 @@ class LayerParallel:
             # Asked for nothing below the top, where ``code`` is not the network's output.
             core.local_loss.at(code, y) if self._above is None else LossAt(core.local_loss, code, y),
             code_steps=[None] * depth,
-            _signals=[None] * depth,
-            _margins=[None] * depth,
-            _states=states,
-            _keep=False,
-            _measures=measures,
+            signals=[None] * depth,
+            margins=[None] * depth,
+            states=states,
+            keeps=False,
+            measures=measures,
         )
 
     def _joined(self, x: Tensor, y: Any, parts: list[Step]) -> PipelinedStep:
@@ -232,9 +232,9 @@ class LayerParallel:
         for level in range(max(self.first - 1, 0), min(self.last, depth - 1) + 1):
             codes[level] = torch.cat([part.codes_forward[level] for part in parts])
         for level, stage in enumerate(self.stages, self.first):
-            states[level] = stage.engine.joined([part._states[level] for part in parts])
+            states[level] = stage.engine.joined([part.states[level] for part in parts])
         output, loss, given = nothing, x.new_zeros(()), y
-        loss_at = parts[0]._loss_at
+        loss_at = parts[0].loss_at
         if self._above is None:
             output = torch.cat([part.output for part in parts])
             core.local_loss.check(output, y)
@@ -251,20 +251,20 @@ class LayerParallel:
             [nothing] * depth,
             loss_at,
             code_steps=[None] * depth,
-            _signals=[None] * depth,
-            _margins=[None] * depth,
-            _states=states,
-            _given=given,
-            _keep=False,
+            signals=[None] * depth,
+            margins=[None] * depth,
+            states=states,
+            given=given,
+            keeps=False,
             parts=parts,
         )
 
     def _agree(self, step: Step, bad: Tensor) -> Tensor:
         """The verdict of all processes; they share the loss, what they have measured, and whether the batch is one."""
         core = self.core
-        by_codes = list(core.codes.measured()) if step._measures else []
+        by_codes = list(core.codes.measured()) if step.measures else []
         by_weights = list(core.weights.measured())
-        mark = mark_of(step.x, step._given)
+        mark = mark_of(step.x, step.given)
         parts = [*by_codes, *by_weights, step.loss, bad, mark]
         flat = torch.cat([part.reshape(-1).double() for part in parts])
         with lost_processes_named(step.number):
@@ -278,7 +278,7 @@ class LayerParallel:
                 f"batch {step.number} is not the same on all processes: under layer parallelism every process reads "
                 "the whole of every batch. Give all of them the same seed, and no DistributedSampler"
             )
-        if step._measures:
+        if step.measures:
             core.codes.learn(sums[: len(by_codes)])
         core.weights.learn(sums[len(by_codes) : -3])
         step.loss = sums[-3].to(step.loss.dtype)

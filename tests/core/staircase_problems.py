@@ -53,6 +53,6 @@ def solved(
     with torch.no_grad():
         for problem, level in core.code_problems(step):
             step.moves[level] = codes.solve(problem)
-            step._margins[level] = problem.margins
+            step.margins[level] = problem.margins
             problems.append(problem)
     return core, step, problems

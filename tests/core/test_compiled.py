@@ -194,7 +194,7 @@ def test_the_check_of_a_compiled_model_is_eager() -> None:
     module = mlp()
     core = AltMin(module, nn.CrossEntropyLoss(), compile=True)
     assert core.verify(*batch(module)).largest < 1e-10
-    assert core._compiled is not None
+    assert core.compiled is not None
 
 
 def test_unknown_modes_and_too_many_shapes_are_named() -> None:

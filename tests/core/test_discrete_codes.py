@@ -215,7 +215,7 @@ def test_weights_go_down_the_margin_loss_at_the_moved_inputs() -> None:
         x = step.x if level == 0 else Sign()(step.codes_forward[0] + step.moves[0])
         with torch.enable_grad():
             code = layer(x)
-        slope = step._margins[level].gradient(code.detach()) / len(x)
+        slope = step.margins[level].gradient(code.detach()) / len(x)
         expected = torch.autograd.grad(code, [layer.weight, layer.bias], slope)
         for got, want in zip((layer.weight.grad, layer.bias.grad), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
@@ -334,7 +334,7 @@ def test_convolutions_between_signs() -> None:
     with torch.no_grad():
         for problem, level in core.code_problems(step):
             step.moves[level] = core.codes.solve(problem)
-            step._margins[level] = problem.margins
+            step.margins[level] = problem.margins
             assert step.moves[level].shape == problem.forward.shape
             assert float(problem.value(step.moves[level])) < float(problem.value())
 

@@ -163,7 +163,7 @@ def test_shares_of_a_plain_step_are_divided_out_step_by_step(reads: int) -> None
     step = core.encode(x, y)
     core.solve_codes(step)
     core.fill_gradients(step)
-    assert float(step._signals[0] / step._signals[-1]) == pytest.approx(share**4)
+    assert float(step.signals[0] / step.signals[-1]) == pytest.approx(share**4)
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10 if reads == 1 else 1e-4, atol=1e-12)
 

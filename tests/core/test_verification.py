@@ -56,7 +56,7 @@ def test_a_sound_model_passes(name: str) -> None:
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_wrong_order_of_freeing_is_found(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a check of kept codes alone: a stage trained at its forward input where codes are freed on the way."""
-    passing = AltMin._passing_gradients
+    passing = AltMin.passing_gradients
 
     def forward_input(core: AltMin, step: Step, level: int) -> Any:
         if level == at + 1:
@@ -65,7 +65,7 @@ def test_a_wrong_order_of_freeing_is_found(at: int, monkeypatch: pytest.MonkeyPa
 
     core = AltMin(model(), nn.CrossEntropyLoss(), codes=CurvatureCodes(share=0.5))
     core.verify(*data())
-    monkeypatch.setattr(AltMin, "_passing_gradients", forward_input)
+    monkeypatch.setattr(AltMin, "passing_gradients", forward_input)
     with pytest.raises(EngineMismatchError, match="codes freed"):
         core.verify(*data())
 
