@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import pyplot, save
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, CurvatureCodes, LocalGradient
@@ -102,9 +103,7 @@ def accuracy(network: nn.Module, data: VisionDataModule) -> float:
 
 
 def plot(rows: list[dict[str, str]]) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(10, 4), sharey=True)
+    figure, axes = pyplot.subplots(1, len(NETWORKS), figsize=(10, 4), sharey=True)
     for axis, name in zip(axes, NETWORKS, strict=True):
         for method in METHODS:
             points: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -122,7 +121,7 @@ def plot(rows: list[dict[str, str]]) -> None:
     axes[0].set_ylabel("MNIST test accuracy, %")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(DOCS / "accuracy_per_second.svg")
+    save(figure, DOCS / "accuracy_per_second.svg")
 
 
 def main() -> None:

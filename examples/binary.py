@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from deep_networks import EpochClock
+from figures import pyplot, save
 from intervals import spread
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from rows import append_values, markdown
@@ -42,7 +42,6 @@ from lightning_altmin.margins import MarginLoss
 from lightning_altmin.nn import MLP, HardThreshold, Heaviside, Quantise, Sign
 from lightning_altmin.nn.integer import IntegerNetwork
 
-matplotlib.use("Agg")
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "binary.csv"
 COLUMNS = ("method", "seed", "epoch", "val_accuracy", "seconds", "test_accuracy", "integer_accuracy", "integer_differs")
 MEAN, STD = 0.1307, 0.3081  # of the pixels, as VisionDataModule normalises them
@@ -226,8 +225,6 @@ def table() -> str:
 
 def plot() -> None:
     """Validation accuracy over epochs, the mean of the seeds."""
-    from matplotlib import pyplot
-
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -244,7 +241,7 @@ def plot() -> None:
     axes.set(xlabel="epoch", ylabel="validation accuracy, %", title="784-500-500-10 on MNIST")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(RESULTS.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+    save(figure, RESULTS.with_suffix(".svg"))
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from figures import pyplot, save
 from intervals import half_width, interval
 from rows import append_values, markdown
 from scipy.linalg import solve_continuous_lyapunov
@@ -224,12 +225,6 @@ def table(path: Path) -> str:
 
 
 def plot(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
-    from matplotlib import pyplot
-
     theory, runs = Theory.of(Problem()), read(path)
     figure, axis = pyplot.subplots(figsize=(5.5, 3.8))
     for schedule in dict.fromkeys(schedule for schedule, _ in runs):
@@ -246,7 +241,7 @@ def plot(path: Path) -> None:
     axis.set(xscale="log", yscale="log", xlabel="steps t", ylabel="squared error, mean over seeds")
     axis.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    save(figure, path.with_suffix(".svg"))
 
 
 def main() -> None:

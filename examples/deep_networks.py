@@ -21,8 +21,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from figures import pyplot, save
 from intervals import spread
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rows import append_values, markdown
@@ -158,9 +158,6 @@ def table() -> str:
 
 def plot() -> None:
     """Validation accuracy over epochs, the mean of the seeds."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
     names = [name for name in TASKS if any(row["network"] == name for row in rows)]
@@ -179,7 +176,7 @@ def plot() -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     panels[0][0].set(ylabel="validation accuracy, %")
-    figure.savefig(RESULTS.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+    save(figure, RESULTS.with_suffix(".svg"))
 
 
 def main() -> None:

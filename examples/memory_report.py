@@ -10,6 +10,7 @@ import math
 import statistics
 from pathlib import Path
 
+from figures import pyplot, save
 from intervals import interval, spread
 from memory import DEFAULT, MEMORY, RATES, RESULTS, SUITES, Row, best
 from rows import markdown, read
@@ -82,12 +83,6 @@ def studies(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
-    from matplotlib import pyplot
-
     shown = suites(rows, "final")
     figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), squeeze=False)
     for axis, suite in zip(axes[0], shown, strict=True):
@@ -102,7 +97,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[0][0].set_ylabel("test accuracy, %")
     axes[0][0].legend(fontsize="x-small", loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import pyplot, save
 from intervals import spread
 from lightning.pytorch import Trainer, seed_everything
 from rows import append, markdown, read
@@ -183,11 +184,6 @@ def _gradient_norms(core: AltMin, x: Tensor, y: Tensor) -> list[float]:
 
 
 def _plot(rows: list[tuple[int, int, float, float, float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 3), sharey=True)
     for panel, batch in zip(panels, (0, 50), strict=True):
         chosen = [row for row in rows if row[0] == batch]
@@ -200,7 +196,7 @@ def _plot(rows: list[tuple[int, int, float, float, float]]) -> None:
     panels[0].set_ylabel("norm over the batch")
     panels[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "recurrent_signal.svg", metadata={"Date": None})
+    save(figure, RESULTS / "recurrent_signal.svg")
 
 
 def pixels(arguments: argparse.Namespace) -> None:

@@ -19,8 +19,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from figures import pyplot, save
 from lightning.pytorch import Trainer, seed_everything
 from rows import append_values, markdown
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from lightning_altmin.data import VisionDataModule
 from lightning_altmin.nn import MLP
 from lightning_altmin.weights import ProximalAdam
 
-matplotlib.use("Agg")
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "sparse.csv"
 COLUMNS = ("of", "method", "lambda", "seed", "zeros", "val_accuracy", "test_accuracy", "seconds_per_epoch")
 EPOCHS = 5
@@ -124,8 +123,6 @@ def table() -> str:
 
 
 def plot() -> None:
-    from matplotlib import pyplot
-
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
     figure, both = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -142,7 +139,7 @@ def plot() -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     both[0].set(ylabel="test accuracy, %", ylim=(90, 99))
-    figure.savefig(RESULTS.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+    save(figure, RESULTS.with_suffix(".svg"))
 
 
 def main() -> None:

@@ -9,15 +9,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/intervals.py and rows.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for figures, intervals, rows
+from figures import pyplot, save
 from intervals import interval
 from rows import markdown
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "lightning_altmin"  # the same file from the same rows
-from matplotlib import pyplot  # noqa: E402
 
 Run = tuple[str, str, str, str, int]
 """Suite (network and data), phase, method, its setting, seed."""
@@ -112,4 +107,4 @@ def plot(rows: Iterable[Row], path: Path, label: str, errors: bool = False, squa
     axes[0][0].set(ylabel="test error, %" if errors else "test accuracy, %")
     axes[0][0].legend(fontsize="x-small", loc="best")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
