@@ -352,7 +352,7 @@ class AltMin(nn.Module):
 
         Raises:
             TypeError: If the weight solver's factory returns something else.
-            ValueError: If a trainable parameter is missing.
+            ValueError: If a trainable parameter is missing, or the optimizer is LBFGS.
         """
         optimizer = self.weights.optimizer(self.coded.stages)
         check_optimizer(optimizer, self.coded.stages)

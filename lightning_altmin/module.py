@@ -31,7 +31,6 @@ from lightning_altmin.strategies import (
 )
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer_checks import (
-    refuse_optimizer,
     refuse_replaced,
     refuse_skipping_in_groups,
     refuse_unsupported,
@@ -241,9 +240,7 @@ class AltMinModule(SupervisedModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer over all layers, with a named parameter group per layer, and the schedule."""
-        optimizer = self.stepper.make_optimizer()
-        refuse_optimizer(optimizer)
-        return self.optimizer_configuration(optimizer)
+        return self.optimizer_configuration(self.stepper.make_optimizer())
 
     def on_train_start(self) -> None:
         """Begin with the gradients that were being accumulated when the checkpoint was written, if there is one."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_altmin.stage import Stage
 
@@ -130,10 +130,15 @@ def check_optimizer(optimizer: object, stages: Iterable[Stage]) -> None:
 
     Raises:
         TypeError: If it is no optimizer.
-        ValueError: If a trainable parameter of a stage is not in it.
+        ValueError: If a trainable parameter of a stage is not in it, or it, or a child of it, is LBFGS.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"weights: the optimizer factory must return a torch optimizer, got {optimizer!r}")
+    if any(isinstance(child, LBFGS) for child in getattr(optimizer, "children", {"": optimizer}).values()):
+        raise ValueError(
+            "weights: LBFGS evaluates the loss several times per step, but a weight step has its gradients given; use "
+            "Adam, SGD or another first-order optimizer"
+        )
     held = {p for group in optimizer.param_groups for p in group["params"]}
     missing = [s.name for s in stages if any(p.requires_grad and p not in held for p in s.parameters())]
     if missing:

@@ -6,7 +6,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.tuner.lr_finder import _LRCallback
-from torch.optim import LBFGS, Optimizer
 
 from lightning_altmin.network import CodedNetwork
 
@@ -88,18 +87,4 @@ def refuse_skipping_in_groups(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "nonfinite='skip' with accumulate_batches > 1 works on the CPU only: on an accelerator one bad batch would "
             "discard its whole group. Use nonfinite='raise' or accumulate_batches=1"
-        )
-
-
-def refuse_optimizer(optimizer: Optimizer) -> None:
-    """Refuse optimizers that need to evaluate the loss again inside their step.
-
-    Raises:
-        MisconfigurationException: If the optimizer, or a child of it, is LBFGS.
-    """
-    children = getattr(optimizer, "children", {"": optimizer}).values()
-    if any(isinstance(child, LBFGS) for child in children):
-        raise MisconfigurationException(
-            "LBFGS evaluates the loss several times per step, but a weight step has its gradients given; use Adam, "
-            "SGD or another first-order optimizer"
         )

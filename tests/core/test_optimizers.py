@@ -246,3 +246,15 @@ def test_layers_of_their_own_keep_the_solvers_class() -> None:
         0.5, 0.1, 0.1,
     ]  # fmt: skip
     assert isinstance(solver.optimizer(AltMin(module, nn.CrossEntropyLoss()).coded.stages), SGD)  # and is as it was
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_lbfgs_is_refused(composite: bool) -> None:
+    """Catches an optimizer that would call a closure which does not exist, alone or as one layer's."""
+
+    def lbfgs(params: Iterable[Any]) -> Optimizer:
+        return torch.optim.LBFGS([p for group in params for p in group["params"]])
+
+    factory: Any = {"0": lbfgs, "default": SGD} if composite else lbfgs
+    with pytest.raises(ValueError, match="weights: LBFGS evaluates the loss several times"):
+        core_for(network(5, 7, 6, 4), factory)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.tuner import Tuner
 
-from lightning_altmin import AltMinModule, CodedNetwork, LocalGradient
+from lightning_altmin import AltMinModule, CodedNetwork
 from lightning_altmin.strategies import refuse_strategy
 from lightning_altmin.trainer_checks import refuse_skipping_in_groups, refuse_unsupported
 from tests.module.problems import loader, network, trainer, weights
@@ -55,18 +55,6 @@ def test_the_tuner_is_refused() -> None:
     """Catches a sweep that changes nothing and suggests a rate all the same."""
     with pytest.raises(MisconfigurationException, match="learning-rate finder"):
         Tuner(trainer(max_epochs=1)).lr_find(AltMinModule(network()), loader())
-
-
-@pytest.mark.parametrize("composite", [False, True])
-def test_lbfgs_is_refused(composite: bool) -> None:
-    """Catches an optimizer that would call a closure which does not exist, alone or as one layer's."""
-
-    def lbfgs(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS([p for group in params for p in group["params"]])
-
-    factory: Any = {"0": lbfgs, "default": torch.optim.SGD} if composite else lbfgs
-    with pytest.raises(MisconfigurationException, match="LBFGS evaluates the loss several times"):
-        trainer(max_epochs=1).fit(AltMinModule(network(), weights=LocalGradient(factory)), loader())
 
 
 STRATEGIES = {
