@@ -57,7 +57,11 @@ TASKS = {
     "relu20-orthogonal": Task("relu", 20, 10, damping=0.1, weight=1.0, mu=0.1, lr=0.001, gain=2**0.5),
     "tanh20-orthogonal": Task("tanh", 20, 10, damping=0.1, weight=1.0, mu=0.1, lr=0.001, gain=1.0),
 }
-METHODS = ("least squares", "curvature", "backprop, Adam", "backprop, SGD")
+METHODS = (
+    *("least squares", "least squares, then curvature", "least squares, then backprop"),
+    *("curvature", "backprop, Adam", "backprop, SGD"),
+)
+OPENING = 1  # epochs of the first of two methods
 
 
 class EpochClock(Callback):
@@ -86,16 +90,16 @@ def orthogonal_(network: nn.Module, gain: float) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def make_module(task: Task, method: str, steps: int) -> LightningModule:
+def make_network(task: Task) -> nn.Module:
     network = MLP(784, [100] * task.depth, 10, activation=task.activation)
     if task.gain is not None:
         orthogonal_(network, task.gain)
+    return network
+
+
+def make_module(task: Task, method: str, network: nn.Module, **schedule: Any) -> LightningModule:
     adam = functools.partial(torch.optim.Adam, lr=task.lr, fused=True)
-    schedule: dict[str, Any] = {
-        "lr_scheduler": functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
-        "lr_interval": "step",
-    }
-    if method == "backprop, Adam":
+    if method in ("backprop", "backprop, Adam"):
         return BackpropModule(network, optimizer=adam, **schedule)
     if method == "backprop, SGD":
         return BackpropModule(network, optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), **schedule)
@@ -110,12 +114,25 @@ def make_module(task: Task, method: str, steps: int) -> LightningModule:
     )
 
 
+def phases(method: str, epochs: int, batches: int) -> list[tuple[str, int, dict[str, Any]]]:
+    """Method, epochs and schedule of each part of a run; an opening has a constant rate."""
+
+    def cosine(length: int) -> dict[str, Any]:
+        scheduler = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=length * batches)
+        return {"lr_scheduler": scheduler, "lr_interval": "step"}
+
+    opening, then, rest = method.partition(", then ")
+    if not then:
+        return [(method, epochs, cosine(epochs))]
+    return [(opening, OPENING, {}), (rest, epochs - OPENING, cosine(epochs - OPENING))]
+
+
 def run(name: str, method: str, seed: int, data: VisionDataModule, test: bool = True) -> list[tuple[Any, ...]]:
     """Train once; one row per epoch, the last with the test accuracy if the test set is to be asked."""
     task, clock = TASKS[name], EpochClock()
     seed_everything(seed, verbose=False)
     data.setup("fit")
-    module = make_module(task, method, task.epochs * len(data.train_dataloader()))
+    network = make_network(task)
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
@@ -123,8 +140,10 @@ def run(name: str, method: str, seed: int, data: VisionDataModule, test: bool = 
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(max_epochs=task.epochs, num_sanity_val_steps=0, callbacks=[clock], **quiet)
-    trainer.fit(module, datamodule=data)
+    for part, epochs, schedule in phases(method, task.epochs, len(data.train_dataloader())):
+        module = make_module(task, part, network, **schedule)
+        trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, callbacks=[clock], **quiet)
+        trainer.fit(module, datamodule=data)
     rows = [
         (name, method, seed, epoch, f"{accuracy:.4f}", f"{seconds:.1f}", "")
         for epoch, (accuracy, seconds) in enumerate(clock.rows, 1)
