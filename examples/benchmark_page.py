@@ -170,8 +170,8 @@ stands under each. All of it ran on 2 CPU cores, unless a section says otherwise
 - **Accuracy**: it is nowhere ahead of tuned backprop by more than the noise, and mostly a few hundredths of a point
   behind; on CIFAR-10 up to half a point, and more than a point in a convolutional network with BatchNorm unless
   `batch_norm="live"` is set.
-- **Time**: on a CPU an eager step takes longer than backprop's; a compiled one takes about as long, or up to a third
-  longer, and several code steps longer still; by how much is in the table.
+- **Time**: on a CPU an eager step takes longer than backprop's; a compiled one takes from about as
+  long to half longer, and several code steps longer still; by how much is in the table.
 - **Memory**: with one code step about that of backprop; several code steps need more.
 """
 

@@ -23,7 +23,7 @@ from lightning_altmin.compiled import CompiledBatch
 from lightning_altmin.engines import Gradients
 from lightning_altmin.engines.batch_norm_state import batch_norms
 from lightning_altmin.guard import Buffers, Guard, Policy, buffer_owners, guard_for, is_bad
-from lightning_altmin.losses import CrossEntropy, Loss, LossAt, local_loss
+from lightning_altmin.losses import Loss, LossAt, local_loss
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import check_optimizer, clear_gradients, equal_groups_merged
@@ -392,6 +392,4 @@ class AltMin(nn.Module):
         # BatchNorm divides by its deviation, so a huge value spoils the running variance and no gradient.
         evidence = [step.loss, *(n.running_var.sum() for n in self.norms if n.running_var is not None)]
         evidence += self.weights.evidence()
-        if isinstance(self.local_loss, CrossEntropy) and step.y is not step.given:
-            evidence.append(self.local_loss.labels_fit(step.output, step.given))  # not checked in encode: it would sync
-        return evidence
+        return evidence if step.y is step.given else evidence + self.local_loss.evidence(step.output, step.given)

@@ -252,6 +252,7 @@ class AltMinModule(SupervisedModule):
         self._pending, self._admitted = pending["batches"], pending["admitted"]
         self._saved_pending = None
         self.stepper.restore_gradients(pending["gradients"])
+        self._seen_before, self._skipped_before = self.core.batches_seen, self.core.guard.skipped
 
     def on_train_epoch_end(self) -> None:
         """Report bad batches; step a schedule that watches a value of the epoch."""

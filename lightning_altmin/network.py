@@ -119,6 +119,10 @@ class CodedNetwork:
         """The problem of a code, with what reads it beside the stage above; here nothing does."""
         return problem
 
+    def output_input(self, codes: Sequence[Tensor]) -> Tensor:
+        """What the output stage reads of the codes."""
+        return codes[-1]
+
     def stage_data(self, step: Step, index: int, moved: bool) -> StageData:
         """What a batch holds of one stage.
 

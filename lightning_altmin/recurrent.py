@@ -6,6 +6,7 @@ weight step is one regression over all steps of all sequences, for given the cod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -140,7 +141,9 @@ class ReadCodeProblem(CodeProblem):
     """The problem of a code that the output layer reads, beside the next step if there is one.
 
     The loss at the codes as they are now then counts in it, too. It is scaled by the share of a plain step that reached
-    this code from above (`signal`), for so is what the next step asks: together they stay in proportion.
+    this code from above (`signal`), for so is what the next step asks: together they stay in proportion. Solvers that
+    tell no share (all but `CurvatureCodes`) leave it unscaled, and what the next step asks weighs the less in it the
+    shorter their steps are.
 
     Attributes:
         read: What the output layer makes of this code.
@@ -207,6 +210,9 @@ class CodedRecurrentNetwork(CodedNetwork):
     def first_input(self, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], self.network.hidden)  # what would have been before the first step
 
+    def output_input(self, codes: Sequence[Tensor]) -> Tensor:
+        return self.network.read(codes)
+
     def encode(self, x: Tensor) -> Encoding:
         cell, head = self.stages
         inputs, begun = self.network.steps(x)
@@ -217,7 +223,7 @@ class CodedRecurrentNetwork(CodedNetwork):
             states.append((inputs[:, t], begun[:, t]))
             code = cell.fixed(code, states[-1]).output().detach()
             codes.append(code)
-        output, state = head.encode(self.network.read(codes))
+        output, state = head.encode(self.output_input(codes))
         return Encoding(codes, output, [*states, state])
 
     def refuse_codes(self, codes: CodeSolver) -> None:
@@ -256,8 +262,8 @@ class CodedRecurrentNetwork(CodedNetwork):
 
     def stage_data(self, step: Step, index: int, moved: bool) -> StageData:
         if index == 1:
-            move = self.network.read(step.moves) if moved else None
-            return StageData(step.states[-1], self.network.read(step.codes_forward), move, step.output, None, None)
+            move = self.output_input(step.moves) if moved else None
+            return StageData(step.states[-1], self.output_input(step.codes_forward), move, step.output, None, None)
         first = self.first_input(step.codes_forward[0])
         below = torch.stack([first, *step.codes_forward[:-1]], 1)
         moves = torch.stack(step.moves, 1)

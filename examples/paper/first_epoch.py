@@ -43,6 +43,7 @@ from rows import append, read
 
 from lightning_altmin import AltMin, LocalGradient
 from lightning_altmin.baselines import ADMMModule, Hinge, MACModule, SquaredError
+from lightning_altmin.guard import NonFiniteError
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "first_epoch.csv"
 BATCH = 200
@@ -145,8 +146,9 @@ def train(run: Run, root: str, small: bool) -> list[Row]:
         marks = tuple(mark for mark in marks if mark <= 25)
     found: dict[int, float] = dict.fromkeys(marks, 0.0)
     try:
-        found |= dict((offline if method in OFFLINE else online)(run, samples, marks))
-    except RuntimeError as error:  # diverged: its rows say 0
+        for mark, accuracy in (offline if method in OFFLINE else online)(run, samples, marks):
+            found[mark] = accuracy
+    except (NonFiniteError, torch.linalg.LinAlgError) as error:  # diverged: its rows from here on say 0
         print(f"{run}: {error}", flush=True)
     return [Row(suite, phase, method, setting, seed, mark, accuracy) for mark, accuracy in found.items()]
 

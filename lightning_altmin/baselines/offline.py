@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_altmin.codes.elementwise import INVERTIBLE, is_invertible
+from lightning_altmin.guard import NonFiniteError
 from lightning_altmin.metrics import ClassAccuracy, Metrics
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.supervised import SupervisedModule
@@ -128,7 +129,7 @@ class OfflineModule(SupervisedModule, ABC):
         x, y = self._kept(*self.unpack(batch))
         self.sweep(x, y, self.trainer.current_epoch)
         if not all(bool(p.isfinite().all()) for p in self.network.parameters()):
-            raise RuntimeError(f"sweep {self.trainer.current_epoch} of {type(self).__name__} left NaN or inf weights")
+            raise NonFiniteError(f"sweep {self.trainer.current_epoch} of {type(self).__name__} left NaN or inf weights")
         # Holds no gradients and changes nothing; Lightning counts a global step.
         self.optimizers().step()  # type: ignore[union-attr]
         if self.at_log_point:

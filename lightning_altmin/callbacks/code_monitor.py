@@ -87,7 +87,7 @@ class CodeMonitor(LayerWatch):
             return
         module = altmin_module(pl_module, self)
         if self._asked:
-            module.keep_codes = False
+            module.keep_codes = self._asked = False
         if not (isinstance(outputs, dict) and isinstance(outputs.get("step"), Step)):
             raise MisconfigurationException(
                 f"{type(module).__name__}.training_step must return {{'loss': step.loss, 'step': step}} while "
@@ -95,6 +95,12 @@ class CodeMonitor(LayerWatch):
             )
         self.record(trainer, module, self._measure(module.core, self._before, outputs["step"]))
         self._before = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the request back: the batch that was to be measured has failed."""
+        if self._asked:
+            altmin_module(pl_module, self).keep_codes = False
+        self._before, self._asked = None, False
 
     @torch.no_grad()
     def _measure(self, core: AltMin, before: CodedNetwork, step: Step) -> dict[str, Tensor]:
@@ -164,7 +170,7 @@ def _residuals(core: AltMin, network: CodedNetwork, step: Step) -> list[Tensor]:
 def _objective(core: AltMin, network: CodedNetwork, step: Step, codes: list[Tensor]) -> Tensor:
     """J at ``codes``, summed over the batch (the reference objective is a mean); held as the code step sees it."""
     objective = core.objective
-    inputs = [network.first_input(step.x), *codes]
+    inputs = [network.first_input(step.x), *codes[:-1], network.output_input(codes)]
     stages = [network.stages[maker] for maker in network.makers(len(codes))]
     outputs = [s.fixed(x, state).output() for s, x, state in zip(stages, inputs, step.states, strict=True)]
     value = objective.code_loss_value(step.loss_at.elsewhere(outputs[-1]))

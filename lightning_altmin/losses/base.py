@@ -59,6 +59,10 @@ class LocalLoss(ABC):
         """The targets, or ones that a kernel can read where reading the given ones would break the device."""
         return target
 
+    def evidence(self, output: Tensor, target: Any) -> list[Tensor]:
+        """Scalars, true if `readable` had nothing to replace: what `check` does not look at, for it would sync."""
+        return []
+
     def check(self, output: Tensor, target: Any) -> None:
         """Refuse targets this loss cannot take, before anything is changed.
 

@@ -43,7 +43,10 @@ class CallableLoss(_AutogradLoss):
 
 
 # They broadcast, which is hardly ever meant.
-_ELEMENTWISE = (nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.KLDivLoss)
+_ELEMENTWISE = (
+    *(nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.KLDivLoss),
+    *(nn.SoftMarginLoss, nn.HingeEmbeddingLoss, nn.MultiLabelSoftMarginLoss),
+)
 
 
 class ModuleLoss(_AutogradLoss):

@@ -91,6 +91,9 @@ class CrossEntropy(ModuleLoss):
         fits = ((target >= 0) & (target < output.shape[1])) | ~self._valid(target)
         return target.where(fits, self.module.ignore_index)
 
+    def evidence(self, output: Tensor, target: Any) -> list[Tensor]:
+        return [] if target.is_floating_point() else [self.labels_fit(output, target)]
+
     def labels_fit(self, output: Tensor, target: Tensor) -> Tensor:
         """Whether every label is a class or ignored; a scalar bool tensor on the target's device."""
         return (((target >= 0) & (target < output.shape[1])) | ~self._valid(target)).all()

@@ -14,10 +14,10 @@ class MeanSquaredError(ModuleLoss):
     """``nn.MSELoss`` in closed form."""
 
     def mean_gradient(self, output: Tensor, target: Any) -> Tensor:
-        return (output - target) * (2.0 / output.numel())
+        return (output - target).to(output.dtype) * (2.0 / output.numel())
 
     def total_gradient(self, output: Tensor, target: Any) -> Tensor:
-        return (output - target) * (2.0 * output.shape[0] / output.numel())
+        return (output - target).to(output.dtype) * (2.0 * output.shape[0] / output.numel())
 
     def check(self, output: Tensor, target: Any) -> None:
         super().check(output, target)

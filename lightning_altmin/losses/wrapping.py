@@ -19,6 +19,11 @@ _FUNCTIONALS: dict[Any, type[nn.Module]] = {
     functional.l1_loss: nn.L1Loss,
     functional.smooth_l1_loss: nn.SmoothL1Loss,
     functional.huber_loss: nn.HuberLoss,
+    functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    functional.kl_div: nn.KLDivLoss,
+    functional.soft_margin_loss: nn.SoftMarginLoss,
+    functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    functional.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
 }
 """Functions that are taken as the modules of the same name, which know their reduction and check shapes."""
 
@@ -29,8 +34,9 @@ def local_loss(loss: Loss) -> LocalLoss:
     Args:
         loss: A loss module with ``reduction="mean"``, a function of ``torch.nn.functional`` that is such a
             loss by default (``cross_entropy``, ``nll_loss``, ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``,
-            ``huber_loss``), or any callable ``loss(output, target)``, which is taken as a *mean over the batch*: its
-            sum over samples is the batch size times its value.
+            ``huber_loss``, ``poisson_nll_loss``, ``kl_div``, ``soft_margin_loss``, ``hinge_embedding_loss``,
+            ``multilabel_soft_margin_loss``), or any callable ``loss(output, target)``, which is taken as a *mean over
+            the batch*: its sum over samples is the batch size times its value.
 
     Raises:
         TypeError: If ``loss`` is not callable.

@@ -97,7 +97,7 @@ class DataParallel(Processes):
 
         Raises:
             ProcessLostError: If another process has ended, or has not answered within the group's timeout.
-        ValueError: If a gradient is sparse, or codes depend on the batch they come in.
+            ValueError: If a gradient is sparse, or codes depend on the batch they come in.
         """
         if not self._shareable:
             _refuse_unshareable(core, gradients)

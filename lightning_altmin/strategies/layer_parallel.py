@@ -184,7 +184,10 @@ class LayerParallel:
         for level in range(self.last, self.first - 1, -1):
             gradients += core.passing_gradients(step, level)
         gradients = core.weights.complete(gradients)
-        bad = is_bad(gradients, [step.loss, *core.weights.evidence()])
+        evidence = [step.loss, *core.weights.evidence()]
+        if step.y is not step.given:
+            evidence += core.local_loss.evidence(step.output, step.given)
+        bad = is_bad(gradients, evidence)
         bad = self._agree(step, bad)
         assert step.buffers is not None
         admitted = core.guard.admit(step.number, gradients, bad, step.buffers)
@@ -206,6 +209,12 @@ class LayerParallel:
                 codes[level] = code
         if self._above is not None:
             self._above.send(code)
+            loss_at = LossAt(core.local_loss, code, y)  # asked for nothing: ``code`` is not the network's output
+        else:
+            core.local_loss.check(code, y)
+            if x.device.type != "cpu":
+                y = core.local_loss.readable(code, y)
+            loss_at = core.local_loss.at(code, y)
         return Step(
             x,
             y,
@@ -213,8 +222,7 @@ class LayerParallel:
             x.new_zeros(()),
             codes[:-1],
             [nothing] * depth,
-            # Asked for nothing below the top, where ``code`` is not the network's output.
-            core.local_loss.at(code, y) if self._above is None else LossAt(core.local_loss, code, y),
+            loss_at,
             code_steps=[None] * depth,
             signals=[None] * depth,
             margins=[None] * depth,

@@ -237,7 +237,7 @@ class WeightSolver(nn.Module, ABC):
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
         """One optimizer over the trainable parameters of all stages, with a named parameter group per stage.
 
-        May be called more than once; the model uses the optimizer made last.
+        May be called more than once, also for an optimizer that is looked at and not used; none may depend on another.
 
         Raises:
             ValueError: If a setting names a stage that does not exist.

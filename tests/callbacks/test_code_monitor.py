@@ -16,7 +16,9 @@ from torch.nn.functional import cross_entropy, one_hot
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, GradientCodes, LocalGradient
 from lightning_altmin.callbacks import CodeMonitor
 from lightning_altmin.callbacks.dead_units import alive_units
+from lightning_altmin.guard import NonFiniteError
 from lightning_altmin.network import CodedNetwork
+from lightning_altmin.nn import ElmanRNN
 from tests.callbacks.training import MemoryLogger, Probe, RandomData, module, network, sgd, trainer
 
 MU, LAMBDA, LR, N = 0.7, 0.05, 0.4, 8
@@ -267,3 +269,26 @@ def test_steps_of_an_adaptive_stop_are_logged(tmp_path: Path) -> None:
         (row,) = monitor.history
         assert row.get("codes/0/steps") == expected
         assert row.get("codes/2/steps") == expected
+
+
+def test_a_batch_that_fails_takes_the_request_for_codes_with_it(tmp_path: Path) -> None:
+    """Catches codes kept in every batch of all later runs because one batch that was to be measured has failed."""
+    data, model = RandomData(N, N, shuffle=False), module(network=relu_network())
+    data.train.x[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError):
+        trainer(tmp_path, [CodeMonitor(every_n_steps=1)], limit_val_batches=0).fit(model, datamodule=data)
+    assert not model.keep_codes
+
+
+@pytest.mark.parametrize("reads", [1, 3])
+def test_a_recurrent_network(tmp_path: Path, reads: int) -> None:
+    """Catches an output layer that is given the last code alone where it reads several."""
+    torch.manual_seed(1)
+    net = ElmanRNN(1, 4, 3, "tanh", reads).double()  # five features are five steps
+    model = module(network=net, objective=AltMinObjective(MU), codes=GradientCodes(1, LR))
+    data, monitor, before = RandomData(N, N, shuffle=False), CodeMonitor(every_n_steps=1), copy.deepcopy(net)
+    trainer(tmp_path, [monitor], max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+    # At the forward codes there is no coupling: J is the loss.
+    loss = cross_entropy(before(data.train.x.unsqueeze(2)), data.train.y).item()
+    assert monitor.history[0]["codes/objective_before"] == pytest.approx(loss, **CLOSE)
+    assert monitor.history[0]["codes/objective_after"] < loss

@@ -250,14 +250,43 @@ def test_modules_without_reduction_are_functions() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.PoissonNLLLoss(), functional.l1_loss, functional.huber_loss, functional.smooth_l1_loss]
+    "loss",
+    [
+        *(nn.PoissonNLLLoss(), nn.HingeEmbeddingLoss(), nn.MultiLabelSoftMarginLoss(), nn.SoftMarginLoss()),
+        *(functional.l1_loss, functional.huber_loss, functional.smooth_l1_loss, functional.mse_loss),
+        *(functional.poisson_nll_loss, functional.hinge_embedding_loss, functional.multilabel_soft_margin_loss),
+        *(functional.kl_div, functional.soft_margin_loss),
+    ],
 )
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")  # kl_div's
 def test_targets_are_not_broadcast(loss: Any) -> None:
     """Catches targets of shape (batch,) for outputs (batch, 1), which broadcast to batch x batch pairs."""
     core = AltMin(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), loss)
     with pytest.raises(ValueError, match=r"y has shape \(5,\) but the network's output has \(5, 1\)"):
         core.step(torch.randn(5, 3), torch.rand(5))
     core.step(torch.randn(5, 3), torch.rand(5, 1))
+
+
+@pytest.mark.parametrize("name", ["poisson_nll_loss", "kl_div", "soft_margin_loss", "hinge_embedding_loss"])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")  # kl_div's
+def test_functions_are_taken_with_their_own_defaults(name: str) -> None:
+    """Catches a module in a function's place whose defaults are others."""
+    function = getattr(functional, name)
+    out, y = torch.randn(6, 3, dtype=torch.float64), torch.rand(6, 3, dtype=torch.float64)
+    assert isinstance(local_loss(function), ModuleLoss)
+    torch.testing.assert_close(local_loss(function).mean(out, y), function(out, y), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss()])
+def test_targets_in_double_for_a_network_in_single(loss: nn.Module) -> None:
+    """Catches a gradient in the targets' precision, as NumPy's have it, which no layer in single can take."""
+    x, y = torch.randn(5, 3), torch.randn(5, 2, dtype=torch.float64)
+    networks = [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    for trained, targets in zip(networks, (y, y.float()), strict=True):
+        AltMin(trained, loss).step(x, targets)
+    for found, expected in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", [lambda output, y: (output - y).square().mean(), nn.HuberLoss()])

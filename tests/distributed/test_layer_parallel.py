@@ -122,6 +122,38 @@ def test_a_bad_batch_changes_nothing_anywhere(policy: Any) -> None:
             torch.testing.assert_close(found[key], value.detach(), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "y", [torch.tensor([0, 1, CLASSES, 0]), torch.zeros(4, dtype=torch.int32), torch.zeros(3).long()]
+)
+def test_targets_that_do_not_fit_are_refused_by_name(y: Tensor) -> None:
+    """Catches a loss that is evaluated before its targets are looked at: a kernel's own error, or a dead device."""
+
+    def share(rank: int) -> str:
+        layers = LayerParallel(model(), micro_batches=2)
+        try:
+            layers.step(torch.randn(4, 6, dtype=torch.float64), y)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing was raised"
+
+    assert launch(2, join_gloo(share))[1].startswith("ValueError: y ")
+
+
+def test_labels_that_were_not_looked_at_spoil_the_batch() -> None:
+    """Catches labels out of range that count as ignored where, as on accelerators, `check` does not look at them."""
+    data = batches((6,), 8, 1, torch.float64)
+
+    def share(rank: int) -> tuple[bool, int]:
+        layers = LayerParallel(model(nonfinite="skip"))
+        step = layers.encode(*data[0])
+        read, step.given = step.y, torch.full_like(step.y, CLASSES)
+        step.y = read if rank == 1 else step.given  # the process with the top layer reads what `readable` returned
+        layers.solve_codes(step)
+        return layers.fill_gradients(step), layers.core.guard.skipped
+
+    assert launch(2, join_gloo(share)) == [(False, 1)] * 2
+
+
 def test_what_cannot_be_cut_is_refused() -> None:
     """Catches a batch statistic of a part, and processes without a layer."""
 

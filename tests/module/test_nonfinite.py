@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_altmin.altmin
+import lightning_altmin.module
 from lightning_altmin import AltMin, AltMinModule, GradientCodes, LocalGradient
 from lightning_altmin.guard import DeferredGuard, NonFiniteError
 from tests.module.interruption import assert_equal
@@ -219,3 +220,14 @@ def test_logged_loss_is_finite_beside_skipped_batches() -> None:
     finite = [loss for loss in losses if loss.isfinite()]
     assert len(finite) == BATCHES - 1
     torch.testing.assert_close(fit.callback_metrics["train_loss"], torch.stack(finite).mean())
+
+
+def test_each_fit_counts_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bad batches of a second fit set against those of the first: few seem most of them, or most seem few."""
+    monkeypatch.setattr(lightning_altmin.module, "_HOPELESS", 2)
+    module = AltMinModule(network(), nonfinite="skip")
+    trainer(max_epochs=2).fit(module, data(()))
+    trainer(max_epochs=1).fit(module, data((1, 3)))  # 2 of 5 are not most
+    assert module.core.guard.skipped == 2
+    with pytest.raises(NonFiniteError, match="epoch 0: 3 of 5 batches were bad"):
+        trainer(max_epochs=1).fit(module, data((0, 1, 3)))
