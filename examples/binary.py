@@ -5,7 +5,7 @@
 
 784-500-500-10, batch 200, Adam with a cosine to zero; 50,000 images train, 10,000 validate after every epoch, and the
 test set is asked once, at the end. Rates and search settings were chosen by validation accuracy with seed 0
-(``--tune``). Rows are appended to docs/results/binary.csv as runs end.
+(``--tune``). Rows are appended to docs/results/binary.csv as runs end, and a run that has rows is not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deep_networks import EpochClock
 from figures import pyplot, save
 from intervals import spread
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from rows import append_values, markdown
+from rows import append_values, finished, markdown
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -266,9 +266,11 @@ def main() -> None:
                 _, clock = run(functools.partial(METHODS[method], **setting), 0, arguments.epochs, data)
                 print(method, setting, [f"{accuracy:.4f}" for accuracy, _ in clock.rows], flush=True)
         return
+    done = finished(RESULTS, "method", "seed")
     for seed in arguments.seeds:
         for method in arguments.methods:
-            measure(method, seed, arguments.epochs, data, arguments.root)
+            if (method, str(seed)) not in done:
+                measure(method, seed, arguments.epochs, data, arguments.root)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 Hidden layers of 100 units, batch 200. Weights begin as PyTorch's default has them or, where the network's name says
 so, orthogonal with the activation's gain and without biases, for all methods alike. 50,000 images train, 10,000
 validate after every epoch, and the test set is asked once, at the end. docs/deep.md says how settings were found, and
-that backprop was not tuned. Rows are appended to docs/results/deep_networks.csv as runs end.
+that backprop was not tuned. Rows are appended to docs/results/deep_networks.csv as runs end, and a run that has
+rows is not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from figures import pyplot, save
 from intervals import spread
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from rows import append_values, markdown
+from rows import append_values, finished, markdown
 from torch import nn
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, LeastSquaresCodes, LocalGradient
@@ -221,13 +222,18 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=1 / 6)
-    changes = {name: float(value) for name, value in (setting.split("=") for setting in arguments.trial)}
-    if "epochs" in changes:
-        changes["epochs"] = int(changes["epochs"])
+    done = finished(RESULTS, "network", "method", "seed") if not arguments.trial else set()
+    whole = {field.name for field in dataclasses.fields(Task) if field.type == "int"}
+    changes: dict[str, Any] = {
+        name: int(value) if name in whole else float(value)
+        for name, value in (setting.split("=") for setting in arguments.trial)
+    }
     for name in [arguments.network] if arguments.network else list(TASKS):
         TASKS[name] = dataclasses.replace(TASKS[name], **changes)
         for seed in arguments.seeds:
             for method in arguments.methods:
+                if (name, method, str(seed)) in done:
+                    continue
                 rows = run(name, method, seed, data, test=not arguments.trial)
                 if arguments.trial:
                     print(name, method, seed, arguments.trial, [row[4] for row in rows], flush=True)

@@ -24,6 +24,14 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
         return [kind(**{name: make(row[name]) for name, make in types.items()}) for row in csv.DictReader(file)]
 
 
+def finished(path: Path, *columns: str) -> set[tuple[str, ...]]:
+    """What the rows of a file have in these columns; nothing if there is no file."""
+    if not path.exists():
+        return set()
+    with path.open() as file:
+        return {tuple(row[column] for column in columns) for row in csv.DictReader(file)}
+
+
 def append(path: Path, rows: Sequence[Any]) -> None:
     """Add dataclass rows of one kind, below a header if the file is new."""
     append_values(path, [field.name for field in fields(rows[0])], map(astuple, rows))

@@ -103,7 +103,7 @@ class ElmanRNN(nn.Module):
                     "use ElmanRNN(reads=1) for them"
                 )
             return x[..., 1:], nn.functional.pad(self._marks(x), (0, 0, 1, -1))
-        if x.dim() < 2 or x[0].numel() == 0 or x[0].numel() % self.in_features:
+        if x.dim() < 2 or x.numel() == 0 or x[0].numel() % self.in_features:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, not a batch of sequences of {self.in_features} numbers a step; "
                 "lightning_altmin.nn.aligned(sequences, lengths) makes one of sequences with different lengths"
@@ -167,6 +167,8 @@ def aligned(
     elif not isinstance(sequences, Tensor):
         _refuse_lengths(lengths)
         lengths = [len(sequence) for sequence in sequences]
+        if not lengths:
+            raise ValueError("sequences is an empty list: a batch holds one sequence at least")
         sequences = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
     if lengths is None or sequences.dim() != 3:
         raise ValueError(

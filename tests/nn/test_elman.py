@@ -81,6 +81,7 @@ X = torch.randn(2, 3, 1)
     ("sequences", "lengths", "message"),
     [
         (X, None, "come with lengths"),
+        ([], None, "one sequence at least"),
         (X[0], [1, 1, 1], "shape .batch, time, features."),
         (X, [1], "2 numbers from 1 to 3"),
         (X, [0, 3], "2 numbers from 1 to 3"),
@@ -95,7 +96,9 @@ def test_lengths_that_do_not_fit_are_refused(sequences: Any, lengths: Any, messa
         aligned(sequences, lengths)
 
 
-@pytest.mark.parametrize("x", [torch.randn(2, 7), torch.randn(3), torch.randn(2, 0, 3), torch.randn(2, 5, 2)])
+@pytest.mark.parametrize(
+    "x", [torch.randn(2, 7), torch.randn(3), torch.randn(2, 0, 3), torch.randn(0, 5, 3), torch.randn(2, 5, 2)]
+)
 def test_inputs_that_are_no_steps_are_refused(x: Tensor) -> None:
     """Catches features of two steps read as one."""
     with pytest.raises(ValueError, match="sequences of 3 numbers a step"):
