@@ -4,7 +4,7 @@
     python tests/mutants.py --only anchor   # those whose name holds this
     python tests/mutants.py --list
 
-A mutant (`tests/mutations.py` has them) is one small change of text, and names the tests that are to catch it; only
+A mutant (`tests/mutations` has them) is one small change of text, and names the tests that are to catch it; only
 those are run. The command ends with an error if a mutant survives, if its text no longer occurs exactly once (then
 bring it up to date with the code), or if a test named fails without any mutant.
 """
