@@ -101,7 +101,7 @@ class AltMin(nn.Module):
         self._guard: Guard = guard_for(torch.device("cpu"), nonfinite)
         self._guarded = "cpu"
         self.norms = batch_norms([self.network])
-        self._buffer_owners = buffer_owners(self.network, self.codes, self.weights)
+        self.buffer_owners = buffer_owners(self.network, self.codes, self.weights)
         self._optimizer: Optimizer | None = None
         self.batches_seen = 0
         self.split_verified = not self.coded.split_found
@@ -149,7 +149,7 @@ class AltMin(nn.Module):
         if x.shape[0] == 0:
             raise ValueError(f"the batch is empty: x has shape {tuple(x.shape)}")
         self.processes.begin(self)
-        number, buffers = self.batches_seen, Buffers(self._buffer_owners)
+        number, buffers = self.batches_seen, Buffers(self.buffer_owners)
         run = self.run_encode if self.compiled is None else self.compiled
         with buffers.restored_on_error():
             step = run(x, y, keep_codes, self.codes.measures(number))

@@ -88,7 +88,7 @@ class LayerParallel:
         self.first, self.last = own[0], own[-1]
         self.stages: list[Stage] = stages[self.first : self.last + 1]
         self._own_optimizer = self._left_with_own(optimizer)
-        self._buffer_owners = [module for module in core._buffer_owners if module not in self._deal.foreign]
+        self._buffer_owners = [module for module in core.buffer_owners if module not in self._deal.foreign]
         self._below = Border(self.rank - 1, group) if self.rank > 0 else None
         self._above = Border(self.rank + 1, group) if self.rank < self.world - 1 else None
         self._borders = [border for border in (self._below, self._above) if border is not None]
