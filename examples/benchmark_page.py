@@ -142,7 +142,7 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "examples/paper/epochs.py",
         "Test accuracy in per cent after so many epochs of MNIST, batches of 200 (95 % intervals). The setting of each "
         "method is the best of six after 15 epochs of one run judged by a validation split; on 2x100 AM-Adam's is "
-        "the smallest of its six. On 2x100 AM-mem leads after one epoch and falls behind later; on 2x500, where there is "
+        "the smallest of its six. On 2x100 AM-mem leads after one epoch and falls behind later; on 2x500, with "
         "one run of each, it leads for ten epochs, and SGD in the end.\n\n![Error over epochs](results/epochs.svg)",
         fifty_epochs,
     ),
