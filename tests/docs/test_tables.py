@@ -67,7 +67,9 @@ def test_tuning_alone_is_not_shown_as_measured(
     assert page.page().count("Not measured yet") == len(page.SECTIONS)  # the other files are not there at all
 
 
-@pytest.mark.parametrize(("page_name", "script"), [("binary.md", "binary"), ("deep.md", "deep_networks"), ("sparse.md", "sparse")])
+@pytest.mark.parametrize(
+    ("page_name", "script"), [("binary.md", "binary"), ("deep.md", "deep_networks"), ("sparse.md", "sparse")]
+)
 def test_pages_show_the_rows_that_are_committed(page_name: str, script: str) -> None:
     """Catches a page that was left behind when runs were added."""
     text = (EXAMPLES.parent / "docs" / page_name).read_text(encoding="utf-8")
