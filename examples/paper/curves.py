@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for figures, intervals, rows
 from figures import pyplot, save
 from intervals import interval
-from rows import markdown
+from rows import append, markdown
 
 Run = tuple[str, str, str, str, int]
 """Suite (network and data), phase, method, its setting, seed."""
@@ -39,6 +39,12 @@ def unfinished(runs: Iterable[Run], rows: Iterable[Row]) -> list[Run]:
     """The runs that have no rows yet."""
     done = {row.run for row in rows}
     return [run for run in runs if run not in done]
+
+
+def record(path: Path, found: Sequence[Row]) -> None:
+    """Add a finished run to the file, and say so."""
+    append(path, found)
+    print(*found[0].run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in found), flush=True)
 
 
 def best(rows: Iterable[Row], suite: str, method: str) -> str:

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from curves import Row, Run, best, plot, table, unfinished
+from curves import Row, Run, best, plot, record, table, unfinished
 from first_epoch import METHODS, OFFLINE, loaded, memory, stepper
-from rows import append, read
+from rows import read
 
 from lightning_altmin.guard import NonFiniteError
 
@@ -69,9 +69,8 @@ def execute(arguments: argparse.Namespace) -> None:
         ends = [row for row in rows if row.seen == tuning_epochs]
         runs = [(suite, "final", m, best(ends, suite, m), seed) for seed in range(arguments.seeds) for m in methods]
     for run in unfinished(runs, rows):
-        found = train(run, arguments.root, tuning_epochs if arguments.command == "tune" else final_epochs)
-        append(arguments.results, found)
-        print(*run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in found), flush=True)
+        length = tuning_epochs if arguments.command == "tune" else final_epochs
+        record(arguments.results, train(run, arguments.root, length))
 
 
 def main() -> None:

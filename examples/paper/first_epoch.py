@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py has the data, judge and steps
 import memory
-from curves import Row, Run, best, plot, table, unfinished
-from rows import append, read
+from curves import Row, Run, best, plot, record, table, unfinished
+from rows import read
 
 from lightning_altmin import AltMin, LocalGradient
 from lightning_altmin.baselines import ADMMModule, Hinge, MACModule, SquaredError
@@ -170,15 +170,11 @@ def execute(arguments: argparse.Namespace) -> None:
     one = functools.partial(train, root=arguments.root, small=arguments.small)
     if arguments.workers > 1:
         with ProcessPoolExecutor(arguments.workers) as pool:
-            _write(arguments.results, pool.map(one, runs))
+            for found in pool.map(one, runs):
+                record(arguments.results, found)
     else:
-        _write(arguments.results, map(one, runs))
-
-
-def _write(path: Path, finished: Iterator[list[Row]]) -> None:
-    for rows in finished:
-        append(path, rows)
-        print(*rows[0].run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in rows), flush=True)
+        for found in map(one, runs):
+            record(arguments.results, found)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from curves import Row, Run, best, plot, table, unfinished
+from curves import Row, Run, best, plot, record, table, unfinished
 from first_epoch import METHODS, OFFLINE, altmin, memory
 from rows import append, read
 from torch import Tensor, nn
@@ -144,9 +144,7 @@ def execute(arguments: argparse.Namespace) -> None:
         runs = [(suite, "final", m, best(ends, suite, m), seed) for seed in range(arguments.seeds) for m in ONLINE]
     judges = source.judged(part)
     for run in unfinished(runs, rows):
-        found = train(run, source, judges, length)
-        append(arguments.results, found)
-        print(*run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in found), flush=True)
+        record(arguments.results, train(run, source, judges, length))
 
 
 def main() -> None:
