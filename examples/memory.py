@@ -18,6 +18,7 @@ the tables and the figure of the documentation.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import math
@@ -184,6 +185,13 @@ class Samples:
             self.train = self._all(module.train_dataloader())
         self.judged = self._all(module.val_dataloader() if held_out else module.test_dataloader())
 
+    def to(self, device: str) -> Samples:
+        """The same samples on a device."""
+        moved = copy.copy(self)
+        moved.train = self.train[0].to(device), self.train[1].to(device)
+        moved.judged = self.judged[0].to(device), self.judged[1].to(device)
+        return moved
+
     @staticmethod
     def _all(loader: Any) -> tuple[Tensor, Tensor]:
         batches = list(loader)
@@ -194,7 +202,7 @@ class Samples:
         x, y = self.train
         made = 0
         while True:
-            order = torch.randperm(len(x))
+            order = torch.randperm(len(x)).to(x.device)
             if by_class:
                 order = order[torch.argsort(y[order], stable=True)]
             for chosen in order.split(size):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for figures, intervals, rows
 from figures import pyplot, save
 from intervals import interval
-from rows import append, markdown
+from rows import append, markdown, read
 
 Run = tuple[str, str, str, str, int]
 """Suite (network and data), phase, method, its setting, seed."""
@@ -47,6 +49,26 @@ def record(path: Path, found: Sequence[Row]) -> None:
     print(*found[0].run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in found), flush=True)
 
 
+def execute(runs: Sequence[Run], train: Callable[[Run], list[Row]], path: Path, workers: int) -> None:
+    """Train what has no rows yet, and record every run when it is finished.
+
+    Args:
+        runs: All that are wanted.
+        train: Gives a run's rows. What it has loaded before, the processes share.
+        path: The file of rows.
+        workers: How many processes train; 1 for none but this one.
+    """
+    left = unfinished(runs, read(path, Row))
+    if workers == 1:
+        for run in left:
+            record(path, train(run))
+        return
+    # Forked, so that they share the samples; nothing may have touched a GPU by now.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        for done in as_completed([pool.submit(train, run) for run in left]):
+            record(path, done.result())
+
+
 def best(rows: Iterable[Row], suite: str, method: str) -> str:
     """The setting with the highest mean accuracy over the tuning rows that are given.
 
@@ -61,12 +83,12 @@ def best(rows: Iterable[Row], suite: str, method: str) -> str:
 
 
 def final_rows(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """By suite and method, in the order in which they were run."""
+    """By suite, in the order in which they were run, and method, in that of the alphabet."""
     found: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row.phase == "final":
             found.setdefault(row.suite, {}).setdefault(row.method, []).append(row)
-    return found
+    return {suite: dict(sorted(mine.items(), key=lambda m: m[0].lower())) for suite, mine in found.items()}
 
 
 def table(rows: Iterable[Row], unit: str, shown: Collection[int] = ()) -> str:

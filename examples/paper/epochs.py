@@ -10,19 +10,21 @@ Networks, batches of 200, methods and their settings are those of first_epoch.py
 end that a schedule could count to; so the last digits are not those of examples/accuracy.py, where they fall. `tune`
 judges every setting after `TUNE_EPOCHS` epochs by a sixth of the training set held out, one seed; `final` trains on
 the whole training set for 50 epochs with each method's best, by other seeds, and is judged by the test set. `--small`
-does two epochs with one seed, in another results file. Every finished run is written at once; a run whose rows exist is
-not repeated.
+does two epochs with one seed, in another results file. `--workers N` runs N at a time, `--device cuda` on a GPU. Every
+finished run is written at once; a run whose rows exist is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import curves
 import torch
-from curves import Row, Run, best, plot, record, table, unfinished
-from first_epoch import METHODS, OFFLINE, loaded, memory, stepper
+from curves import Row, Run, best, plot, table
+from first_epoch import HELD_OUT, METHODS, OFFLINE, loaded, memory, stepper
 from rows import read
 
 from lightning_altmin.guard import NonFiniteError
@@ -35,9 +37,9 @@ TUNE_EPOCHS, SMALL_EPOCHS = 15, 2
 ONLINE = tuple(method for method in METHODS if method not in OFFLINE)
 
 
-def curve(run: Run, samples: memory.Samples, marks: list[int]) -> Iterator[tuple[int, float]]:
+def curve(run: Run, samples: memory.Samples, marks: list[int], device: str) -> Iterator[tuple[int, float]]:
     """Accuracy after the epochs of ``marks``."""
-    network, step = stepper(run)
+    network, step = stepper(run, device)
     per_epoch = len(samples.train[0]) // BATCH
     for number, (x, y) in enumerate(samples.batches(BATCH, marks[-1] * per_epoch, by_class=False), 1):
         step(x, y)
@@ -45,13 +47,13 @@ def curve(run: Run, samples: memory.Samples, marks: list[int]) -> Iterator[tuple
             yield number // per_epoch, memory.judge(network, samples.judged)[0]
 
 
-def train(run: Run, root: str, epochs: int) -> list[Row]:
+def train(run: Run, root: str, epochs: int, device: str) -> list[Row]:
     """One run's rows, a mark each."""
-    samples = loaded(run[0], root, 0.0 if run[1] == "final" else 1 / 6)
+    samples = loaded(run[0], root, HELD_OUT[run[1]], device)
     marks = [mark for mark in MARKS if mark <= epochs]
     found = dict.fromkeys(marks, 0.0)
     try:
-        for mark, accuracy in curve(run, samples, marks):
+        for mark, accuracy in curve(run, samples, marks, device):
             found[mark] = accuracy
     except NonFiniteError as error:  # diverged: its rows from here on say 0
         print(f"{run}: {error}", flush=True)
@@ -61,16 +63,17 @@ def train(run: Run, root: str, epochs: int) -> list[Row]:
 def execute(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results, Row)
     suite, methods = arguments.suite, arguments.methods
-    tuning_epochs, final_epochs = (SMALL_EPOCHS, SMALL_EPOCHS) if arguments.small else (TUNE_EPOCHS, MARKS[-1])
+    tuning_epochs, epochs = (SMALL_EPOCHS, SMALL_EPOCHS) if arguments.small else (TUNE_EPOCHS, MARKS[-1])
     runs: list[Run]
     if arguments.command == "tune":
+        epochs = tuning_epochs
         runs = [(suite, "tune", method, setting, 100) for method in methods for setting in METHODS[method]]
     else:
         ends = [row for row in rows if row.seen == tuning_epochs]
         runs = [(suite, "final", m, best(ends, suite, m), seed) for seed in range(arguments.seeds) for m in methods]
-    for run in unfinished(runs, rows):
-        length = tuning_epochs if arguments.command == "tune" else final_epochs
-        record(arguments.results, train(run, arguments.root, length))
+    loaded(suite, arguments.root, HELD_OUT[arguments.command])
+    one = functools.partial(train, root=arguments.root, epochs=epochs, device=arguments.device)
+    curves.execute(runs, one, arguments.results, arguments.workers)
 
 
 def main() -> None:
@@ -80,6 +83,8 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of the data set")
     parser.add_argument("--methods", nargs="+", choices=ONLINE, default=ONLINE)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1, help="processes that train")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()

@@ -14,8 +14,9 @@ more passes over the data.
 Every method has six settings (`METHODS`); `tune` judges them by a sixth of the training set held out, and the one with
 the highest mean accuracy over the marks is used by `final`, which trains on the whole training set, is judged by the
 test set, and uses other seeds. `--small` does all of it with one seed, fewer marks, and another results file.
-`--workers N` runs N at a time. Every finished run is written at once to docs/results/first_epoch.csv; a run whose rows
-exist is not repeated, so an interrupted command goes on where it stopped.
+`--workers N` runs N at a time, `--device cuda` on a GPU. Every finished run is written at once to
+docs/results/first_epoch.csv; a run whose rows exist is not repeated, so an interrupted command goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py has the data, judge and steps
+import curves
 import memory
-from curves import Row, Run, best, plot, record, table, unfinished
+from curves import Row, Run, best, plot, table
 from rows import read
 
 from lightning_altmin import AltMin, LocalGradient
@@ -50,6 +51,7 @@ BATCH = 200
 MARKS = (5, 10, 25, 50, 100, 200, 300)
 OFFLINE_MARKS = {"tune": (25, 100), "final": (5, 25, 100, 300)}
 SWEEPS = 30
+HELD_OUT = {"tune": 1 / 6, "final": 0.0}
 TUNE_SEEDS = {"online": 3, "offline": 1}
 ADAM = ("0.001", "0.002", "0.004", "0.006", "0.008", "0.012")
 SGD = ("0.02", "0.05", "0.1", "0.15", "0.2", "0.3")
@@ -76,11 +78,11 @@ def altmin(network: nn.Module, method: str, rate: float) -> memory.Step:
     return lambda x, y: core.step(x, y, keep_codes=False)
 
 
-def stepper(run: Run) -> tuple[nn.Module, memory.Step]:
+def stepper(run: Run, device: str) -> tuple[nn.Module, memory.Step]:
     """The network of an online run and its training step."""
     suite, _, method, setting, seed = run
     torch.manual_seed(seed)  # the same weights and the same order of batches for all methods
-    network = memory.SUITES[suite].network()
+    network = memory.SUITES[suite].network().to(device)
     if method == "AM-mem":
         return network, memory.memory(network, setting)
     if method.startswith("AM-"):
@@ -88,9 +90,9 @@ def stepper(run: Run) -> tuple[nn.Module, memory.Step]:
     return network, memory.backprop(network, method, float(setting))
 
 
-def online(run: Run, samples: memory.Samples, marks: tuple[int, ...]) -> Iterator[tuple[int, float]]:
+def online(run: Run, samples: memory.Samples, marks: tuple[int, ...], device: str) -> Iterator[tuple[int, float]]:
     """Accuracy at each mark of one pass."""
-    network, step = stepper(run)
+    network, step = stepper(run, device)
     for number, (x, y) in enumerate(samples.batches(BATCH, marks[-1], by_class=False), 1):
         step(x, y)
         if number in marks:
@@ -104,49 +106,45 @@ def offline_module(method: str, setting: str, network: nn.Module) -> ADMMModule 
     return ADMMModule(network, Hinge() if values.pop("loss") == "hinge" else SquaredError(), **values)
 
 
-def offline(run: Run, samples: memory.Samples, marks: tuple[int, ...]) -> Iterator[tuple[int, float]]:
+def offline(run: Run, samples: memory.Samples, marks: tuple[int, ...], device: str) -> Iterator[tuple[int, float]]:
     """Accuracy at each mark, fitted anew to the samples that the online methods have seen by then."""
     suite, _, method, setting, seed = run
     for mark in marks:
         torch.manual_seed(seed)
         network = memory.SUITES[suite].network()
         batches = list(samples.batches(BATCH, mark, by_class=False))
-        seen = TensorDataset(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+        seen = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if device == "cuda" else "cpu",
             max_epochs=SWEEPS,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        loader = DataLoader(seen, batch_size=len(seen), collate_fn=_whole)
-        trainer.fit(offline_module(method, setting, network), loader)
-        yield mark, memory.judge(network, samples.judged)[0]
-
-
-def _whole(items: Any) -> Any:
-    return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items])
+        one_batch: DataLoader[Any] = DataLoader([seen], batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(offline_module(method, setting, network), one_batch)
+        yield mark, memory.judge(network.to(device), samples.judged)[0]
 
 
 @functools.cache
-def loaded(suite: str, root: str, held_out: float) -> memory.Samples:
-    return memory.Samples(suite, root, held_out)
+def loaded(suite: str, root: str, held_out: float, device: str = "cpu") -> memory.Samples:
+    """The samples, read once in a process, or in the one it was forked from."""
+    return memory.Samples(suite, root, held_out) if device == "cpu" else loaded(suite, root, held_out).to(device)
 
 
-def train(run: Run, root: str, small: bool) -> list[Row]:
+def train(run: Run, root: str, small: bool, device: str) -> list[Row]:
     """One run's rows, a mark each."""
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     suite, phase, method, setting, seed = run
-    samples = loaded(suite, root, 0.0 if phase == "final" else 1 / 6)
+    samples = loaded(suite, root, HELD_OUT[phase], device)
     marks: tuple[int, ...] = OFFLINE_MARKS[phase] if method in OFFLINE else MARKS
     if small:
         marks = tuple(mark for mark in marks if mark <= 25)
     found: dict[int, float] = dict.fromkeys(marks, 0.0)
     try:
-        for mark, accuracy in (offline if method in OFFLINE else online)(run, samples, marks):
+        for mark, accuracy in (offline if method in OFFLINE else online)(run, samples, marks, device):
             found[mark] = accuracy
     except (NonFiniteError, torch.linalg.LinAlgError) as error:  # diverged: its rows from here on say 0
         print(f"{run}: {error}", flush=True)
@@ -166,15 +164,10 @@ def planned(phase: str, suite: str, rows: list[Row], seeds: int, wanted: list[st
 
 def execute(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results, Row)
-    runs = unfinished(planned(arguments.command, arguments.suite, rows, arguments.seeds, arguments.methods), rows)
-    one = functools.partial(train, root=arguments.root, small=arguments.small)
-    if arguments.workers > 1:
-        with ProcessPoolExecutor(arguments.workers) as pool:
-            for found in pool.map(one, runs):
-                record(arguments.results, found)
-    else:
-        for found in map(one, runs):
-            record(arguments.results, found)
+    runs = planned(arguments.command, arguments.suite, rows, arguments.seeds, arguments.methods)
+    loaded(arguments.suite, arguments.root, HELD_OUT[arguments.command])
+    one = functools.partial(train, root=arguments.root, small=arguments.small, device=arguments.device)
+    curves.execute(runs, one, arguments.results, arguments.workers)
 
 
 def main() -> None:
@@ -184,10 +177,12 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that train")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     if arguments.small:
         arguments.seeds = 1
     if arguments.results is None:
