@@ -180,7 +180,7 @@ class Samples:
         module.prepare_data()
         module.setup("fit")
         module.setup("test")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the loader shuffles: the same samples stand at the same places in every process
             self.train = self._all(module.train_dataloader())
         self.judged = self._all(module.val_dataloader() if held_out else module.test_dataloader())
