@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from lightning_altmin.nn import MLP, ConvNet
 from lightning_altmin.strategies import DataParallel
 from tests.module.problems import loader, network
 
-pytestmark = pytest.mark.gpu
+# Shown, and not errors as elsewhere: no CI sees what CUDA's and torch's releases warn of on such a machine.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 DEVICE = torch.device("cuda")
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mlp": (lambda: MLP(20, [32, 24], 5), (20,)),
@@ -39,6 +41,17 @@ def _exact_products() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for the device is an error."""
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def batches(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
@@ -105,13 +118,9 @@ def test_nothing_waits_for_the_device(weights: str) -> None:
     data = [(x.to(DEVICE), y.to(DEVICE)) for x, y in batches((20,), 12)]
     for x, y in data[:6]:  # the first steps make optimizer states, and AM-mem may look at what it factorises
         core.step(x, y, keep_codes=False)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for x, y in data[6:]:
             core.step(x, y, keep_codes=False)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("mode", [True, "reduce-overhead"], ids=str)
@@ -257,13 +266,9 @@ def test_nccl_shares_a_bad_batch_without_waiting() -> None:
     data[8][0][0, 0] = float("inf")
     for x, y in data[:6]:
         core.step(x, y, keep_codes=False)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for x, y in data[6:]:
             core.step(x, y, keep_codes=False)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert core.guard.skipped == 1
     assert all(bool(value.isfinite().all()) for value in core.network.state_dict().values())
 
