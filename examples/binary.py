@@ -4,8 +4,9 @@
     python examples/binary.py --table
 
 784-500-500-10, batch 200, Adam with a cosine to zero; 50,000 images train, 10,000 validate after every epoch, and the
-test set is asked once, at the end. Rates and search settings were chosen by validation accuracy with seed 0
-(``--tune``). Rows are appended to docs/results/binary.csv as runs end, and a run that has rows is not repeated.
+test set is asked once, at the end. Search settings were chosen by validation accuracy with seed 0 (``--tune``, which
+tries rates, too); the rate is the default. Rows are appended to docs/results/binary.csv as runs end, and a run that has
+rows is not repeated.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pathlib import Path
 import curves
 import torch
 from curves import Row, Run, best, plot, table
-from first_epoch import HELD_OUT, METHODS, OFFLINE, loaded, memory, stepper
+from first_epoch import HELD_OUT, METHODS, OFFLINE, grid, loaded, memory, stepper
 from rows import read
 
 from lightning_altmin.guard import NonFiniteError
@@ -66,6 +66,7 @@ def execute(arguments: argparse.Namespace) -> None:
     tuning_epochs, epochs = (SMALL_EPOCHS, SMALL_EPOCHS) if arguments.small else (TUNE_EPOCHS, MARKS[-1])
     runs: list[Run]
     if arguments.command == "tune":
+        print(grid(methods), flush=True)
         epochs = tuning_epochs
         runs = [(suite, "tune", method, setting, 100) for method in methods for setting in METHODS[method]]
     else:

@@ -27,7 +27,7 @@ import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/memory.py has the
 import curves
 import memory
 from curves import Row, Run, best, plot, table
-from rows import read
+from rows import markdown, read
 
 from lightning_altmin import AltMin, LocalGradient
 from lightning_altmin.baselines import ADMMModule, Hinge, MACModule, SquaredError
@@ -162,8 +162,15 @@ def planned(phase: str, suite: str, rows: list[Row], seeds: int, wanted: list[st
     ]
 
 
+def grid(methods: Iterable[str]) -> str:
+    """The settings that are tried."""
+    return markdown(("method", "settings tried"), [(method, "; ".join(METHODS[method])) for method in methods])
+
+
 def execute(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results, Row)
+    if arguments.command == "tune":
+        print(grid(arguments.methods), flush=True)
     runs = planned(arguments.command, arguments.suite, rows, arguments.seeds, arguments.methods)
     loaded(arguments.suite, arguments.root, HELD_OUT[arguments.command])
     one = functools.partial(train, root=arguments.root, small=arguments.small, device=arguments.device)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from curves import Row, Run, best, plot, record, table, unfinished
-from first_epoch import METHODS, OFFLINE, altmin, memory
+from first_epoch import METHODS, OFFLINE, altmin, grid, memory
 from rows import append, read
 from torch import Tensor, nn
 
@@ -132,6 +132,7 @@ def execute(arguments: argparse.Namespace) -> None:
     share, suite = 10 if arguments.small else 1, source.suite
     runs: list[Run]
     if arguments.command == "tune":
+        print(grid(ONLINE), flush=True)
         part, length = "val", TUNE_ROWS // share
         runs = [(suite, "tune", method, setting, 100) for method in ONLINE for setting in METHODS[method]]
     else:

@@ -22,7 +22,10 @@ class MACModule(OfflineModule):
 
     A sweep lowers E over the weights (W step: each layer is a problem of its own) and then over all coordinates (Z
     step: each sample is). ``mu`` then grows, which drives the coordinates to the values of the forward pass. When
-    training ends, `post_process` refits the output layer at those values.
+    training ends, `post_process` refits the output layer at those values. It is not part of a sweep: a checkpoint that
+    a callback writes during training has the output layer as the sweeps left it, so that a resumed run goes on as if
+    it had not stopped. Save with ``trainer.save_checkpoint`` after ``fit``, or test without ``ckpt_path``, for the
+    network that is post-processed.
 
     Each problem is lowered by L-BFGS with a line search from where the last sweep left it, in place of the paper's
     Gauss-Newton method; neither step can raise E.

@@ -76,6 +76,16 @@ def test_pages_show_the_rows_that_are_committed(page_name: str, script: str) -> 
     assert importlib.import_module(script).table() in text
 
 
+def test_the_readme_shows_rows_of_the_results() -> None:
+    """Catches a line of the README's table that no longer is what the runs say."""
+    accuracy = importlib.import_module("accuracy")
+    known = accuracy.table(accuracy.RESULTS).splitlines()
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    shown = [line for line in readme.splitlines() if line.startswith("|")]
+    assert len(shown) > 2
+    assert set(shown) <= set(known)
+
+
 def test_the_page_of_benchmarks_is_that_of_the_rows(page: ModuleType) -> None:
     """Catches the same of the page that a script writes."""
     assert (page.DOCS / "benchmarks.md").read_text(encoding="utf-8") == page.page()
