@@ -212,7 +212,7 @@ def main() -> None:
             same = equal(ends(folder), expected)
             row = [number, kill.process, kill.signal.name, kill.batch, kill.moment, after]
             with args.output.open("a", newline="") as table:
-                csv.writer(table).writerow([*row, f"{stopped:.1f}", f"{resumed:.1f}", same])
+                csv.writer(table, lineterminator="\n").writerow([*row, f"{stopped:.1f}", f"{resumed:.1f}", same])
             if not same:
                 raise SystemExit(f"run {number} differs from the one left alone: {kill}")
     print(f"{args.runs} runs, all equal")

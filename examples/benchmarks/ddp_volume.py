@@ -151,7 +151,7 @@ def main() -> None:
             rows.append([name, parameters, method, f"{calls:.2f}", f"{volume:.0f}", f"{volume / parameters:.3f}"])
             print(*rows[-1], sep=", ", flush=True)
             with args.output.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *rows])
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     if args.figure:
         draw(rows, args.figure)
 

@@ -124,7 +124,7 @@ def main() -> None:
         print(*rows[-1], flush=True)
         if args.output:
             with args.output.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *rows])
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     print("median speed-up:", statistics.median(float(each[5]) for each in rows))
 
 

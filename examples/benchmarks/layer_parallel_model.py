@@ -253,7 +253,7 @@ def main() -> None:
             print(*rows[-1], flush=True)
     if args.output:
         with args.output.open("w", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             columns = ["hidden_layers", "processes", "micro_batches", "layer_parallel_s", "data_parallel_s"]
             writer.writerow([*columns, "layer_parallel_measured_s", "error"])
             writer.writerows(rows)
