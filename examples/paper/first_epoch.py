@@ -68,7 +68,13 @@ OFFLINE = ("ADMM", "MAC")
 COLUMN = "{} batches"
 
 
-def altmin(network: nn.Module, method: str, rate: float) -> memory.Step:
+def step_of(network: nn.Module, method: str, setting: str) -> memory.Step:
+    """The training step of an online method."""
+    if method == "AM-mem":
+        return memory.memory(network, setting)
+    rate = float(setting)
+    if not method.startswith("AM-"):
+        return memory.backprop(network, method, rate)
     optimizer: Callable[..., torch.optim.Optimizer] = (
         functools.partial(torch.optim.Adam, lr=rate, fused=True)
         if method == "AM-Adam"
@@ -83,11 +89,7 @@ def stepper(run: Run, device: str) -> tuple[nn.Module, memory.Step]:
     suite, _, method, setting, seed = run
     torch.manual_seed(seed)  # the same weights and the same order of batches for all methods
     network = memory.SUITES[suite].network().to(device)
-    if method == "AM-mem":
-        return network, memory.memory(network, setting)
-    if method.startswith("AM-"):
-        return network, altmin(network, method, float(setting))
-    return network, memory.backprop(network, method, float(setting))
+    return network, step_of(network, method, setting)
 
 
 def online(run: Run, samples: memory.Samples, marks: tuple[int, ...], device: str) -> Iterator[tuple[int, float]]:

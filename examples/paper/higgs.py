@@ -14,21 +14,23 @@ known; it is the row "best possible", and its setting is empty.
 28-300-300-2, ReLU, batches of 200, constant rates. `tune` has six settings per method, those of first_epoch.py, judged
 by rows that neither training nor test has, after the first 200,000 rows; `final` uses each method's best with other
 seeds, which draw the weights: all see the same rows. `--small` trains on a tenth, with one seed, in another results
-file.
+file; `--workers N` runs N at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import curves
 import torch
-from curves import Row, Run, best, plot, record, table, unfinished
-from first_epoch import METHODS, OFFLINE, altmin, grid, memory
+from curves import Row, Run, best, plot, table, unfinished
+from first_epoch import METHODS, OFFLINE, grid, memory, step_of
 from rows import append, read
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_altmin.data import HiggsDataModule
 from lightning_altmin.guard import NonFiniteError
@@ -95,16 +97,16 @@ class File:
         return torch.cat(xs), torch.cat(ys)
 
 
-def learner(run: Run) -> tuple[nn.Module, memory.Step]:
-    """The network of a run and its training step."""
-    _, _, method, setting, seed = run
-    torch.manual_seed(seed)
-    network = MLP(FEATURES, [300, 300], 2)
-    if method == "AM-mem":
-        return network, memory.memory(network, setting)
-    if method.startswith("AM-"):
-        return network, altmin(network, method, float(setting))
-    return network, memory.backprop(network, method, float(setting))
+@functools.cache
+def rows_of(path: Path | None) -> Synthetic | File:
+    """What a run learns from, made once in a process, or in the one it was forked from."""
+    return Synthetic() if path is None else File(path)
+
+
+@functools.cache
+def judges_of(path: Path | None, part: str) -> Batch:
+    """What it is judged by, likewise."""
+    return rows_of(path).judged(part)
 
 
 def marks(rows: int) -> list[int]:
@@ -112,12 +114,15 @@ def marks(rows: int) -> list[int]:
     return [mark for mark in MARKS if mark < rows] + [rows]
 
 
-def train(run: Run, source: Synthetic | File, judges: Batch, rows: int) -> list[Row]:
+def train(run: Run, path: Path | None, part: str, rows: int) -> list[Row]:
     """One run's rows, a mark each, and one where the pass ends."""
-    network, step = learner(run)
+    _, _, method, setting, seed = run
+    torch.manual_seed(seed)
+    network = MLP(FEATURES, [300, 300], 2)
+    step, judges = step_of(network, method, setting), judges_of(path, part)
     found = dict.fromkeys(marks(rows), 0.0)
     try:
-        for number, (x, y) in enumerate(itertools.islice(source.stream(), rows // BATCH), 1):
+        for number, (x, y) in enumerate(itertools.islice(rows_of(path).stream(), rows // BATCH), 1):
             step(x, y)
             if number * BATCH in found:
                 found[number * BATCH] = memory.judge(network, judges)[0]
@@ -128,7 +133,7 @@ def train(run: Run, source: Synthetic | File, judges: Batch, rows: int) -> list[
 
 def execute(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results, Row)
-    source: Synthetic | File = Synthetic() if arguments.path is None else File(arguments.path)
+    source = rows_of(arguments.path)
     share, suite = 10 if arguments.small else 1, source.suite
     runs: list[Run]
     if arguments.command == "tune":
@@ -143,9 +148,9 @@ def execute(arguments: argparse.Namespace) -> None:
                 append(arguments.results, [Row(*bound, mark, source.best_possible()) for mark in marks(length)])
         ends = [row for row in rows if row.seen == TUNE_ROWS // share]
         runs = [(suite, "final", m, best(ends, suite, m), seed) for seed in range(arguments.seeds) for m in ONLINE]
-    judges = source.judged(part)
-    for run in unfinished(runs, rows):
-        record(arguments.results, train(run, source, judges, length))
+    judges_of(arguments.path, part)
+    one = functools.partial(train, path=arguments.path, part=part, rows=length)
+    curves.execute(runs, one, arguments.results, arguments.workers)
 
 
 def main() -> None:
@@ -153,6 +158,7 @@ def main() -> None:
     parser.add_argument("command", choices=("tune", "final", "table", "plot"))
     parser.add_argument("--path", type=Path, help="HIGGS.csv.gz; without it, a synthetic stream of its shape")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1, help="processes that train")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
