@@ -125,7 +125,9 @@ class AltMin(nn.Module):
 
         Raises:
             ValueError: If the batch cannot be used; nothing is changed.
-            NonFiniteError: If the batch is bad and ``nonfinite="raise"``; nothing is changed.
+            NonFiniteError: If the batch is bad and ``nonfinite="raise"``; nothing is changed, but by weight steps of this
+                batch that were good. On an accelerator, where looking would stall the device, ``guard.check()`` raises
+                it; from the bad batch on nothing is changed until then.
         """
         step = self.encode(x, y, keep_codes)
         with step.undone_on_error():
@@ -367,10 +369,15 @@ class AltMin(nn.Module):
 
     @property
     def guard(self) -> Guard:
-        """The guard against bad batches, fit for the device the parameters are on."""
+        """The guard against bad batches, fit for the device the parameters are on.
+
+        On an accelerator a bad batch is reported by its ``check()`` alone, which waits for the device.
+        """
         device = self._probe[0].device
         if device.type != self._guarded:
-            self._guard, self._guarded = guard_for(device, self._nonfinite), device.type
+            guard = guard_for(device, self._nonfinite)
+            guard.follow(self._guard)
+            self._guard, self._guarded = guard, device.type
         return self._guard
 
     def get_extra_state(self) -> Tensor:

@@ -102,6 +102,16 @@ class Guard(ABC):
         if policy not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {policy!r}")
         self.policy = policy
+        self._skipped_before = 0
+
+    def follow(self, old: Guard) -> None:
+        """Go on in the place of ``old``, whose model moved to another kind of device.
+
+        Raises:
+            NonFiniteError: If ``old`` has a bad batch to report.
+        """
+        old.check()
+        self._skipped_before = old.skipped
 
     @abstractmethod
     def admit(self, batch: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
@@ -174,7 +184,7 @@ class ImmediateGuard(Guard):
 
     @property
     def skipped(self) -> int:
-        return self._skipped
+        return self._skipped_before + self._skipped
 
 
 class DeferredGuard(Guard):
@@ -252,7 +262,7 @@ class DeferredGuard(Guard):
 
     @property
     def skipped(self) -> int:
-        return 0 if self._count is None else int(self._count)
+        return self._skipped_before + (0 if self._count is None else int(self._count))
 
 
 def guard_for(device: torch.device, policy: Policy) -> Guard:

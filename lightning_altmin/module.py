@@ -61,8 +61,8 @@ class AltMinModule(SupervisedModule):
         gradient_clip_norm: Bound on each layer's gradient norm, > 0; one number, or numbers by layer name.
         accumulate_batches: Average the gradients of this many batches per optimizer step, >= 1.
         nonfinite: What a batch does whose data, loss or gradients are NaN, inf or of squares that overflow: ``"raise"``
-            or ``"skip"``. Neither changes parameters, optimizer state or buffers. An epoch with ten bad batches or
-            more that make up over half of it raises in any case.
+            or ``"skip"``. Neither changes parameters, optimizer state or buffers, but by good weight steps before the
+            bad one. An epoch with ten bad batches or more that make up over half of it raises in any case.
         compile: Run a batch's phases as one compiled function: ``True`` or a mode of ``torch.compile``; see `AltMin`.
 
     Raises:

@@ -82,6 +82,24 @@ def test_the_device_decides_the_guard() -> None:
         make("ignore")
 
 
+def test_a_model_that_moves_takes_its_verdicts_along(guard_type: type[Guard]) -> None:
+    """Catches a count that begins anew, and an error that vanishes, when Lightning puts a model back on the CPU."""
+    core = make("skip")
+    (x, y), *_ = batches(1)
+    core.step(spoilt(x, float("nan")), y)
+    core._guarded = "cuda"  # as if it had been there until now
+    core.step(x, y)
+    core.step(spoilt(x, float("nan")), y)
+    assert core.guard.skipped == 2
+    core = make("raise")
+    if guard_type is DeferredGuard:  # the other one has raised already
+        core.step(spoilt(x, float("nan")), y)
+        core._guarded = "cuda"
+        with pytest.raises(NonFiniteError, match="batch 0 "):
+            core.guard  # noqa: B018
+        assert core.guard.skipped == 0  # it was reported, and is no more
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
