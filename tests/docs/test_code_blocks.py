@@ -1,7 +1,13 @@
-"""Every code block of README and documentation does what the page says: Python is run, YAML goes through the CLI."""
+"""Every code block of README and documentation does what the page says.
+
+Python is run, YAML goes through the CLI, ``bash`` is the business of ``test_commands.py``, and nothing else is let by.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -14,12 +20,21 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning_altmin import AltMin, AltMinModule, BackpropModule
 from lightning_altmin.cli import AltMinCLI
 from lightning_altmin.engines import ClosedFormEngine
-from tests.docs.markdown import Block, blocks, pages
+from tests.distributed.gloo import launch
+from tests.docs.markdown import ROOT, Block, blocks, pages
 
 WITH_PYTHON = [page for page in pages() if any(block.language == "python" for block in blocks(page))]
-CONFIGURATIONS = [
-    block for page in pages() for block in blocks(page) if block.language == "yaml" and "model:" in block.code
-]
+PROCESSES = {"devices.md": 2}  # pages whose blocks run as under torchrun
+CONFIGURATIONS = [block for page in pages() for block in blocks(page) if block.language == "yaml"]
+TESTED = {"python", "yaml", "bash"}
+SPHINX = {"{eval-rst}", "{toctree}", "{include}"}  # directives, which `sphinx-build -W` reads
+# Page and first line of every block that no test runs, with the reason.
+EXCEPTIONS = {
+    ("README.md", "lightning_altmin/"): "a tree of files; test_the_tree_of_files looks for them",
+    ("docs/devices.md", "#!/bin/bash"): "a SLURM batch file, which needs a cluster",
+}
+_CODE_DIRECTIVE = re.compile(r"\.\. (code|code-block|sourcecode|literalinclude|doctest|testcode)::")
+_FENCE_LIKE = re.compile(r"^[\s>]*(```|~~~|:::)", re.MULTILINE)
 
 
 def printed_output(page_blocks: list[Block], index: int) -> str | None:
@@ -42,30 +57,68 @@ def _calm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_pages_are_found() -> None:
     """Catches a pattern that no longer finds blocks, with which every other test here would pass on nothing."""
     names = {page.name for page in WITH_PYTHON}
-    assert {"algorithm.md", "splitting.md", "trainer.md", "extending.md", "data.md"} <= names
-    assert len(CONFIGURATIONS) >= 3
+    assert {"algorithm.md", "splitting.md", "trainer.md", "extending.md", "data.md", *PROCESSES} <= names
+    assert len(CONFIGURATIONS) >= 4
+
+
+def run_blocks(page: Path) -> None:
+    """Run the Python blocks of a page in one namespace and in order, as a reader would type them."""
+    page_blocks, namespace = blocks(page), {"__name__": "documentation"}
+    for index, block in enumerate(page_blocks):
+        if block.language != "python":
+            continue
+        output = io.StringIO()
+        # Blank lines in front: errors then show the page's own line numbers.
+        code = compile("\n" * (block.line - 1) + block.code, block.page, "exec")
+        with contextlib.redirect_stdout(output):
+            exec(code, namespace)
+        shown = printed_output(page_blocks, index)
+        if shown is not None:
+            assert output.getvalue().rstrip() == shown, f"{block.page}, line {block.line}: other output"
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 @pytest.mark.usefixtures("_calm")
-def test_python_blocks_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a page whose code raises, whose assertions fail, or whose printed output is not what it shows.
+def test_python_blocks_run(page: Path) -> None:
+    """Catches a page whose code raises, whose assertions fail, or whose printed output is not what it shows."""
+    if page.name in PROCESSES:
+        launch(PROCESSES[page.name], lambda rank: run_blocks(page))
+    else:
+        run_blocks(page)
 
-    The blocks of a page share one namespace and run in order, as a reader would type them.
-    """
-    page_blocks, namespace = blocks(page), {"__name__": "documentation"}
-    ran = 0
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_block_is_run_or_excused(page: Path) -> None:
+    """Catches a block in a language that no test runs, Python labelled ``text``, and a fence that no test sees."""
+    page_blocks = blocks(page)
     for index, block in enumerate(page_blocks):
-        if block.language != "python":
+        place, first = f"{block.page}, line {block.line}", block.code.splitlines()[:1]
+        if block.language in TESTED or (block.page, *first) in EXCEPTIONS:
             continue
-        capsys.readouterr()
-        # Blank lines in front: errors then show the page's own line numbers.
-        exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), namespace)
-        shown = printed_output(page_blocks, index)
-        if shown is not None:
-            assert capsys.readouterr().out.rstrip() == shown, f"{block.page}, line {block.line}: other output"
-        ran += 1
-    assert ran > 0
+        if block.language == "text":
+            is_output = block.follows and page_blocks[index - 1].language == "python"
+            assert is_output, f"{place}: text that is no Python block's output"
+            continue
+        assert block.language.split(" ")[0] in SPHINX, f"{place}: no test runs {block.language!r}"
+        assert not _CODE_DIRECTIVE.search(block.code), f"{place}: code inside of a directive"
+    fences = len(_FENCE_LIKE.findall(page.read_text(encoding="utf-8")))
+    assert fences == 2 * len(page_blocks), f"{page.name}: a fence that is indented or not of three backticks"
+
+
+def test_every_excuse_is_needed() -> None:
+    """Catches an exception whose block is gone, which would excuse the next one that begins like it."""
+    found = {(block.page, *block.code.splitlines()[:1]) for page in pages() for block in blocks(page)}
+    assert set(EXCEPTIONS) <= found
+
+
+def test_the_tree_of_files() -> None:
+    """Catches a file of README's tree that was renamed."""
+    (tree,) = (block.code for block in blocks(ROOT / "README.md") if block.code.startswith("lightning_altmin/\n"))
+    names = re.findall(r"\w+(?:/|\.py)", tree)
+    assert len(names) > 20
+    assert [
+        name for name in names if not any((ROOT / "lightning_altmin" / up / name).exists() for up in ("", ".."))
+    ] == []
 
 
 @pytest.mark.parametrize("block", CONFIGURATIONS, ids=lambda block: f"{block.page}:{block.line}")
