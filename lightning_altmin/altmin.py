@@ -125,9 +125,8 @@ class AltMin(nn.Module):
 
         Raises:
             ValueError: If the batch cannot be used; nothing is changed.
-            NonFiniteError: If the batch is bad and ``nonfinite="raise"``; nothing is changed, but by weight steps of this
-                batch that were good. On an accelerator, where looking would stall the device, ``guard.check()`` raises
-                it; from the bad batch on nothing is changed until then.
+            NonFiniteError: If the batch is bad and ``nonfinite="raise"``; nothing is changed, but by weight steps of it
+                before the bad one. On an accelerator ``guard.check()`` raises it; until then nothing is changed.
         """
         step = self.encode(x, y, keep_codes)
         with step.undone_on_error():
