@@ -196,7 +196,7 @@ class CodedRecurrentNetwork(CodedNetwork):
 
     def __init__(self, network: ElmanRNN, engine: str = "auto") -> None:
         self.network: ElmanRNN = network
-        self._reasons = {}
+        self._reasons, self._named = {}, False
         output = Stage("head", [network.activation], [network.head], is_output=True, engine=engine)
         self.stages = [RecurrentStage(network, engine), output]
         self._refuse_unusable()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
-_INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img")
+INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img")
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 _SETTINGS = "lightning_altmin_settings"
 _WATCHED = "lightning_altmin_watched_value"
@@ -44,6 +44,11 @@ class SupervisedModule(ExactResume):
         lr_monitor: str | None,
     ) -> None:
         super().__init__()
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise TypeError(
+                "lr_scheduler must be a function that makes a scheduler from the optimizer, such as "
+                f"lambda optimizer: StepLR(optimizer, 10), got {lr_scheduler!r}"
+            )
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
         if lr_frequency != int(lr_frequency) or lr_frequency < 1:
@@ -74,12 +79,12 @@ class SupervisedModule(ExactResume):
             TypeError: If the batch is neither; override this method for another layout.
         """
         if isinstance(batch, Mapping):
-            x = [batch[key] for key in _INPUT_KEYS if key in batch]
+            x = [batch[key] for key in INPUT_KEYS if key in batch]
             y = [batch[key] for key in _TARGET_KEYS if key in batch]
             if len(x) == 1 and len(y) == 1:
                 return x[0], y[0]
             raise TypeError(
-                f"batch is a dictionary with keys {list(batch)}; one of {_INPUT_KEYS} and one of {_TARGET_KEYS} are "
+                f"batch is a dictionary with keys {list(batch)}; one of {INPUT_KEYS} and one of {_TARGET_KEYS} are "
                 "needed. Override unpack(batch) for other names"
             )
         if isinstance(batch, tuple | list) and len(batch) == 2:
@@ -88,6 +93,37 @@ class SupervisedModule(ExactResume):
             f"batch must be a pair (x, y) or a dictionary, got {type(batch).__name__}; override unpack(batch) "
             "for another layout"
         )
+
+    def inputs_of(self, batch: Any) -> Tensor:
+        """Inputs of a batch to predict, which may have no targets.
+
+        A tensor is the inputs, alone or in a tuple or list as ``TensorDataset(x)`` yields it. Everything else is read
+        by `unpack`, so that a prediction is what was tested; but a dictionary without targets only while `unpack` is
+        not overridden. Override this method beside `unpack` to predict for batches that `unpack` cannot read.
+
+        Raises:
+            TypeError: If the batch cannot be read.
+        """
+        if isinstance(batch, tuple | list) and len(batch) == 1:
+            batch = batch[0]
+        if isinstance(batch, Tensor):
+            return batch
+        if not has_no_targets(batch):
+            return self.unpack(batch)[0]
+        if self.unpacks_as(SupervisedModule):
+            x: Tensor = named_inputs(batch)
+            return x
+        try:
+            return self.unpack(batch)[0]
+        except (KeyError, TypeError) as error:
+            raise TypeError(
+                f"unpack of {type(self).__name__} cannot read a batch without targets, a dictionary with keys "
+                f"{list(batch)}: {error!r}. Override inputs_of(batch), too, to return its inputs"
+            ) from error
+
+    def unpacks_as(self, kind: type[SupervisedModule]) -> bool:
+        """Whether `unpack` is that of a class, not overridden since."""
+        return getattr(self.unpack, "__func__", None) is kind.unpack
 
     def batch_loss(self, output: Tensor, y: Any) -> Tensor:
         """The loss of an output, a mean over the batch.
@@ -113,13 +149,8 @@ class SupervisedModule(ExactResume):
         return self._evaluate(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The network's output for a batch of inputs, or of inputs with targets."""
-        if isinstance(batch, tuple | list) and len(batch) == 1:  # TensorDataset(x) yields these
-            batch = batch[0]
-        if isinstance(batch, Mapping) and sum(key in batch for key in _INPUT_KEYS) == 1:  # targets may be absent
-            batch = next(batch[key] for key in _INPUT_KEYS if key in batch)
-        x = batch if isinstance(batch, Tensor) else self.unpack(batch)[0]
-        output: Tensor = self(x)
+        """The network's output for what `inputs_of` finds in the batch."""
+        output: Tensor = self(self.inputs_of(batch))
         return output
 
     def _evaluate(self, batch: Any, stage: str, metrics: Any) -> Tensor:
@@ -169,10 +200,13 @@ class SupervisedModule(ExactResume):
 
         Raises:
             ValueError: If the schedule reduces on a plateau and ``lr_monitor`` is not given.
+            TypeError: If ``lr_scheduler`` makes something that cannot be stepped.
         """
         if self._scheduler_factory is None:
             return optimizer
         scheduler = self._scheduler_factory(optimizer)
+        if not callable(getattr(scheduler, "step", None)):
+            raise TypeError(f"lr_scheduler must return a scheduler when it is called, it returned {scheduler!r}")
         if isinstance(scheduler, ReduceLROnPlateau) and self._lr_monitor is None:
             raise ValueError("lr_scheduler reduces on a plateau: name the watched value, as lr_monitor='val_loss'")
         schedule = {"scheduler": scheduler, "interval": self._lr_interval, "frequency": self._lr_frequency}
@@ -286,6 +320,26 @@ class SupervisedModule(ExactResume):
                 "the checkpoint belongs to another network: "
                 f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}, shapes {reshaped or 'equal'}"
             )
+
+
+def has_no_targets(batch: Any) -> bool:
+    """Whether a batch is a dictionary without any of the keys of targets."""
+    return isinstance(batch, Mapping) and not any(key in batch for key in _TARGET_KEYS)
+
+
+def named_inputs(batch: Mapping[str, Any]) -> Any:
+    """The inputs of a dictionary.
+
+    Raises:
+        TypeError: If it has none of the keys of inputs, or several.
+    """
+    x = [batch[key] for key in INPUT_KEYS if key in batch]
+    if len(x) != 1:
+        raise TypeError(
+            f"batch is a dictionary with keys {list(batch)}; one of {INPUT_KEYS} is needed to predict. Override "
+            "inputs_of(batch) for other names"
+        )
+    return x[0]
 
 
 def _describe_loss(loss: object) -> str:

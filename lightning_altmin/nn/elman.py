@@ -160,29 +160,72 @@ def aligned(
 
     Raises:
         ValueError: If ``lengths`` is missing, not wanted, or does not fit.
+
+    Lengths on an accelerator are not looked at, which would wait for it: sequences that they do not fit become NaN
+    there, so that a batch with one is a bad batch in training.
     """
     if isinstance(sequences, PackedSequence):
         _refuse_lengths(lengths)
         sequences, lengths = pad_packed_sequence(sequences, batch_first=True)
     elif not isinstance(sequences, Tensor):
         _refuse_lengths(lengths)
+        sequences = list(sequences)
+        _check_list(sequences)
         lengths = [len(sequence) for sequence in sequences]
-        if not lengths:
-            raise ValueError("sequences is an empty list: a batch holds one sequence at least")
-        sequences = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        sequences = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     if lengths is None or sequences.dim() != 3:
         raise ValueError(
             f"a padded batch must have shape (batch, time, features) and come with lengths, got shape "
             f"{tuple(sequences.shape)} and lengths={lengths}"
         )
-    length = torch.as_tensor(lengths, device=sequences.device)
-    batch, time, _ = sequences.shape
-    if length.shape != (batch,) or int(length.min()) < 1 or int(length.max()) > time:
-        raise ValueError(f"lengths must be {batch} numbers from 1 to {time}, got {lengths}")
+    given, time = checked_lengths(lengths, sequences), sequences.shape[1]
+    length = given.to(sequences.device, torch.long).clamp(1, time)
     source = torch.arange(time, device=sequences.device) - (time - length).unsqueeze(1)  # of each step, before shifting
     marks = (source >= 0).unsqueeze(2)
     shifted = sequences.gather(1, source.clamp_min(0).unsqueeze(2).expand_as(sequences))
-    return torch.cat([marks.to(sequences.dtype), torch.where(marks, shifted, 0)], 2)
+    values = torch.where(marks, shifted, 0)
+    if not _is_seen(given):
+        values = values.where((given == length)[:, None, None], torch.nan)
+    return torch.cat([marks.to(sequences.dtype), values], 2)
+
+
+def checked_lengths(lengths: object, sequences: Tensor) -> Tensor:
+    """The lengths of a padded batch as a tensor; their values are looked at if they are on the CPU.
+
+    Raises:
+        ValueError: If there is no sequence, or the lengths do not fit the sequences.
+    """
+    batch, time, _ = sequences.shape
+    if batch == 0 or time == 0:
+        raise ValueError(f"the batch holds no steps: it has shape {tuple(sequences.shape)}")
+    wanted = f"lengths must be {batch} whole numbers from 1 to {time}, one per sequence"
+    try:
+        length = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{wanted}, got {lengths!r}") from error
+    if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
+        raise ValueError(f"{wanted}, got dtype {length.dtype}: lengths.long() makes integers")
+    if length.shape != (batch,):
+        raise ValueError(f"{wanted}, got shape {tuple(length.shape)}")
+    if _is_seen(length) and (int(length.min()) < 1 or int(length.max()) > time):
+        raise ValueError(f"{wanted}, got {lengths}")
+    return length
+
+
+def _is_seen(length: Tensor) -> bool:
+    return length.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_list(sequences: list[Tensor]) -> None:
+    if not sequences:
+        raise ValueError("sequences is an empty list: a batch holds one sequence at least")
+    for index, sequence in enumerate(sequences):
+        if not isinstance(sequence, Tensor) or sequence.dim() != 2 or sequence.shape[1] != sequences[0].shape[1]:
+            shapes = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in (sequences[0], sequence)]
+            raise ValueError(
+                "sequences must be tensors (time, features) with the same features each, got "
+                f"{shapes[0]} at 0 and {shapes[1]} at {index}"
+            )
 
 
 def _refuse_lengths(lengths: object) -> None:

@@ -340,3 +340,44 @@ def test_batches_of_a_sequence_classifier() -> None:
         torch.testing.assert_close(found, aligned(sequences()))
         assert labels is y
     assert module.unpack((x, y))[0] is x
+
+
+@pytest.mark.parametrize("with_targets", [True, False])
+def test_sequences_are_predicted_as_they_are_tested(with_targets: bool) -> None:
+    """Catches lengths that only training and test read; here each sequence is run by itself, without padding."""
+    module = SequenceClassifier(net())
+    x, y = batch()
+    with torch.no_grad():
+        expected = torch.cat([module.network(sequence[None]) for sequence in sequences()])
+    packed = pack_sequence(sequences(), enforce_sorted=False)
+    named = {"x": x, "lengths": torch.tensor(LENGTHS)}
+    given: tuple[Any, ...] = (named, packed, [packed], {"inputs": packed}, aligned(sequences()))
+    if with_targets:
+        given = (named | {"y": y}, (x, torch.tensor(LENGTHS), y), (packed, y))
+    for each in given:
+        torch.testing.assert_close(module.predict_step(each, 0).detach(), expected)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_lengths_are_looked_at_before_they_leave_the_cpu(named: bool) -> None:
+    """Catches lengths that do not fit and, on a device, are known only as a batch that became NaN."""
+    x, y = batch()
+    lengths = torch.tensor([5, 1, 3, 6])
+    given = {"x": x, "lengths": lengths, "y": y} if named else (x, lengths, y)
+    module = SequenceClassifier(net())
+    with pytest.raises(ValueError, match="lengths must be 4 whole numbers from 1 to 5"):
+        module.on_before_batch_transfer(given, 0)
+    lengths[3] = 5
+    assert module.on_before_batch_transfer(given, 0) is given
+
+
+def test_the_split_of_a_recurrent_network_is_verified() -> None:
+    """Catches an error of its own where it is asked whether the steps compute what the network computes."""
+    CodedRecurrentNetwork(net()).verify_split(batch()[0])
+
+    class Doubled(ElmanRNN):
+        def forward(self, x: Any) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match=r"Doubled\.forward compute something else"):
+        CodedRecurrentNetwork(Doubled(3, 4, 2).double()).verify_split(batch()[0])

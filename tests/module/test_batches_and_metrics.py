@@ -84,6 +84,31 @@ def test_predictions_are_outputs_with_and_without_targets() -> None:
         torch.testing.assert_close(torch.cat(predicted), expected)
 
 
+class Halved(AltMinModule):
+    """Reads dictionaries in its own way, as a user may."""
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Any]:
+        return batch["x"] / 2, batch["y"]
+
+
+def test_predictions_read_a_batch_as_tests_do() -> None:
+    """Catches a dictionary that is read around the user's ``unpack``, so that predictions are not what was tested."""
+    module = Halved(network())
+    x, y = samples(4)
+    torch.testing.assert_close(module.predict_step({"x": x, "y": y}, 0), module.network(x / 2))
+    with pytest.raises(TypeError, match=r"unpack of Halved .* keys \['x'\]: KeyError\('y'\)\. Override inputs_of"):
+        module.predict_step({"x": x}, 0)
+    with pytest.raises(TypeError, match=r"keys .'a'.*needed to predict. Override inputs_of"):
+        AltMinModule(network()).predict_step({"a": x}, 0)
+
+    class Both(Halved):
+        def inputs_of(self, batch: Any) -> Tensor:
+            x: Tensor = batch["x"] / 2
+            return x
+
+    torch.testing.assert_close(Both(network()).predict_step({"x": x}, 0), module.network(x / 2))
+
+
 def accuracy_of(loss: Any, output: Tensor, target: Tensor) -> float:
     module = AltMinModule(network(), loss=loss)
     module.val_metrics.update(output, target)
@@ -175,6 +200,17 @@ def test_bad_settings_of_a_schedule(settings: dict[str, Any], message: str) -> N
     """Catches a schedule that would never be stepped."""
     with pytest.raises(ValueError, match=message):
         AltMinModule(network(), **settings)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_schedule_must_be_a_factory(kind: Any) -> None:
+    """Catches a number or a scheduler instance that would be called in fit, and a function that makes nothing."""
+    instance = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(network().parameters(), 0.1), 1)
+    for wrong in (3, instance):
+        with pytest.raises(TypeError, match="lr_scheduler must be a function that makes a scheduler"):
+            kind(network(), lr_scheduler=wrong)
+    with pytest.raises(TypeError, match=r"lr_scheduler must return a scheduler .* returned None"):
+        trainer(max_epochs=1).fit(kind(network(), lr_scheduler=lambda optimizer: None), loader())
 
 
 def test_an_optimizer_must_be_a_factory() -> None:

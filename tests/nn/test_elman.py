@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 
-from lightning_altmin.nn import ElmanRNN, aligned
+from lightning_altmin.nn import ElmanRNN, aligned, elman
 
 
 def twin(network: ElmanRNN, activation: str) -> nn.RNN:
@@ -83,9 +83,15 @@ X = torch.randn(2, 3, 1)
         (X, None, "come with lengths"),
         ([], None, "one sequence at least"),
         (X[0], [1, 1, 1], "shape .batch, time, features."),
-        (X, [1], "2 numbers from 1 to 3"),
-        (X, [0, 3], "2 numbers from 1 to 3"),
-        (X, [1, 4], "2 numbers from 1 to 3"),
+        (X, [1], "2 whole numbers from 1 to 3"),
+        (X, [0, 3], "2 whole numbers from 1 to 3"),
+        (X, [1, 4], "2 whole numbers from 1 to 3"),
+        (X, torch.tensor([1.0, 3.0]), r"2 whole numbers .*got dtype torch.float32: lengths.long\(\)"),
+        (X, ["a", "b"], "2 whole numbers from 1 to 3.*got .'a', 'b'."),
+        (X, [[1, 2]], r"2 whole numbers from 1 to 3.*got shape \(1, 2\)"),
+        (X[:0], torch.zeros(0, dtype=torch.long), r"holds no steps: it has shape \(0, 3, 1\)"),
+        (X[:, :0], [1, 1], r"holds no steps: it has shape \(2, 0, 1\)"),
+        ([X[0], X[0, :, 0]], None, r"got \(3, 1\) at 0 and \(3,\) at 1"),
         (list(X), [3, 3], "know theirs"),
         (pack_sequence(list(X)), [3, 3], "know theirs"),
     ],
@@ -94,6 +100,29 @@ def test_lengths_that_do_not_fit_are_refused(sequences: Any, lengths: Any, messa
     """Catches padding trained as data, and an empty sequence."""
     with pytest.raises(ValueError, match=message):
         aligned(sequences, lengths)
+
+
+def test_small_integers_are_lengths() -> None:
+    """Catches a difference taken in the lengths' own type, which wraps around below zero in uint8."""
+    torch.testing.assert_close(aligned(X, torch.tensor([1, 3], dtype=torch.uint8)), aligned(X, [1, 3]))
+
+
+def test_lengths_on_a_device_are_not_looked_at() -> None:
+    """Catches a wait for the device in every batch: a tensor on "meta" has no values, so a look at one is an error."""
+    assert aligned(X.to("meta"), torch.tensor([1, 3], device="meta")).shape == (2, 3, 2)
+
+
+def test_unseen_lengths_that_do_not_fit_make_nan_of_their_sequences_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an index out of a kernel's bounds, a bad batch that trains, and good sequences lost with a bad one.
+
+    Whether a length is on the CPU is what is replaced here: the way is the same on a device.
+    """
+    x = torch.randn(5, 3, 1)
+    expected = aligned(x[1:4], [1, 2, 3])
+    monkeypatch.setattr(elman, "_is_seen", lambda length: False)
+    found = aligned(x, torch.tensor([0, 1, 2, 3, 4]))
+    torch.testing.assert_close(found[1:4], expected)
+    assert bool(found[[0, 4], :, 1:].isnan().all())
 
 
 @pytest.mark.parametrize(
