@@ -36,7 +36,7 @@ class ADMMModule(OfflineModule):
         metrics: As for `AltMinModule`; accuracy of classes if not given.
 
     Raises:
-        ValueError: If a setting is out of its range, or the network is something else.
+        ValueError: If a setting is out of its range, or the network is something else or has a frozen layer.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class BCDModule(OfflineModule):
         metrics: As for `AltMinModule`; accuracy of classes if not given.
 
     Raises:
-        ValueError: If a price is not positive, or the network is something else.
+        ValueError: If a price is not positive, or the network is something else or has a frozen layer.
     """
 
     def __init__(

@@ -71,11 +71,28 @@ def layers_of(network: nn.Module) -> list[Layer]:
     return layers
 
 
+def refuse_frozen(network: nn.Module) -> None:
+    """Refuse layers that the sweeps would train although they are not to be trained.
+
+    Raises:
+        ValueError: If a parameter has ``requires_grad=False``.
+    """
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"network: parameters {frozen} have requires_grad=False, and offline methods solve for every layer; set "
+            "requires_grad=True, or train with AltMinModule, which leaves frozen layers alone"
+        )
+
+
 class OfflineModule(SupervisedModule, ABC):
     """Base of the offline methods: one batch is the whole training set, one epoch one sweep over all blocks.
 
     The samples are those of the first batch and are kept, with the variables that belong to them; later batches must
     hold the same samples, in any order. Checkpoints hold all of it, so that a run resumes.
+
+    Raises:
+        ValueError: If ``network`` is no multilayer perceptron (`layers_of`), or has a frozen layer.
     """
 
     def __init__(
@@ -88,6 +105,7 @@ class OfflineModule(SupervisedModule, ABC):
         self.automatic_optimization = False
         self.network = network
         self.layers = layers_of(network)
+        refuse_frozen(network)
         self._samples: tuple[Tensor, Tensor] | None = None
         self.variables: Variables = {}
 
@@ -155,7 +173,10 @@ class OfflineModule(SupervisedModule, ABC):
         return torch.optim.SGD(self.network.parameters(), lr=1.0)
 
     def setup(self, stage: str) -> None:
-        """Refuse several processes, which would each solve their own problem."""
+        """Refuse several processes, which would each solve their own problem, and layers frozen since."""
+        super().setup(stage)
+        if stage == "fit":
+            refuse_frozen(self.network)
         if stage == "fit" and self.trainer.world_size > 1:
             raise MisconfigurationException(
                 f"{type(self).__name__} runs in one process, the Trainer has {self.trainer.world_size}: devices=1"

@@ -27,7 +27,6 @@ from lightning_altmin.callbacks.training_clock import TrainingClock
 from lightning_altmin.exact_resume import of_all_processes
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.random_state import random_state, set_random_state
-from lightning_altmin.recurrent import coded_network
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam
 
 _SECONDS, _PARAMETERS = "training seconds", "parameters"
@@ -207,9 +206,11 @@ class _Twin(BackpropModule):
             original._lr_frequency,
             original._lr_monitor,
         )
-        self._unpack = original.unpack
+        self._unpack, self._inputs_of = original.unpack, original.inputs_of
         self._clip = original.gradient_clip_norm
-        self._layers = {stage.name: list(stage.parameters()) for stage in coded_network(network).stages}
+        # The original's own layers: another split would have other names, or be refused.
+        mine = dict(zip(original.network.parameters(), network.parameters(), strict=True))
+        self._layers = {s.name: [mine[p] for p in s.parameters() if p in mine] for s in original.core.coded.stages}
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
         """As the compared module clips, layer by layer."""
@@ -220,6 +221,9 @@ class _Twin(BackpropModule):
 
     def unpack(self, batch: Any) -> tuple[Tensor, Any]:
         return self._unpack(batch)
+
+    def inputs_of(self, batch: Any) -> Tensor:
+        return self._inputs_of(batch)
 
 
 class _Replay(Callback):

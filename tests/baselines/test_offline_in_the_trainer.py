@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_altmin.baselines import ADMMModule, BCDModule, MACModule
 from lightning_altmin.baselines.offline import OfflineModule
+from lightning_altmin.checkpoint_files import CheckpointError
 from lightning_altmin.data import DigitsDataModule
 from lightning_altmin.nn import MLP, LeNet5
 from tests.module.problems import loader, network, samples, trainer
@@ -120,6 +121,30 @@ def test_other_networks_are_refused(odd: nn.Module, name: str) -> None:
     """Catches a module that would be left out of the problem without a word."""
     with pytest.raises(ValueError, match=f"offline methods need at most one activation .* has {name}"):
         BCDModule(odd)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_layers_are_refused(method: type[Any]) -> None:
+    """Catches a layer that is trained although it is frozen, from the start or after the module was made."""
+    frozen = network()
+    frozen[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"parameters \['0.weight', '0.bias'\] have requires_grad=False"):
+        method(frozen)
+    module = method(network())
+    module.network[2].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"parameters \['2.bias'\] have requires_grad=False"):
+        trainer(max_epochs=1).fit(module, loader(8, batch_size=8))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_damaged_checkpoints_are_named(method: type[Any], tmp_path: Path) -> None:
+    """Catches a setup without that of the base: a cut-off file would be an error of the zip reader, or none."""
+    module, fit, path = method(network()), trainer(max_epochs=1), tmp_path / "a.ckpt"
+    fit.fit(module, loader(8, batch_size=8))
+    fit.save_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cut off or damaged"):
+        trainer(max_epochs=2).fit(method(network()), loader(8, batch_size=8), ckpt_path=path)
 
 
 def test_weights_that_are_not_finite_are_an_error() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassF1Score
 
-from lightning_altmin import AltMinModule, BackpropModule
+from lightning_altmin import AltMinModule, BackpropModule, CodedNetwork
 from lightning_altmin.callbacks import CompareWithTwin, MuSchedule
 from tests.callbacks.training import (
     MemoryLogger,
@@ -61,6 +61,43 @@ def test_backprop_in_disguise_and_its_twin_end_equal(tmp_path: Path, settings: A
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-10)
     assert twins.results["AltMin"]["test_loss"] == pytest.approx(twins.results["backprop"]["test_loss"], rel=1e-10)
+
+
+def deep_network() -> nn.Sequential:
+    """Two Linears in a block of their own, "2", which would be two layers by themselves."""
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), block, nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def test_the_twin_is_clipped_by_the_layers_of_the_compared_run(tmp_path: Path) -> None:
+    """Would catch a twin that is split anew, without the ``blocks`` that its bound is for.
+
+    The bound is so small that the block hardly moves where it is held.
+    """
+    torch.manual_seed(5)
+    network = deep_network()
+    begun, last = ([p.detach().clone() for p in network[i].parameters()] for i in (2, 4))
+    model = module(network=CodedNetwork(network, blocks=["2"]), gradient_clip_norm={"2": 1e-9})
+    twins = CompareWithTwin(sgd)
+    trainer(tmp_path, [twins]).fit(model, datamodule=RandomData())
+    assert twins.twin is not None
+    trained: Any = twins.twin.network
+    for before, after in zip(begun, trained[2].parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    assert float((trained[4].weight.detach() - last[0]).norm()) > 0.01  # and nothing else is held
+
+
+def test_tied_layers_of_a_block_are_compared(tmp_path: Path) -> None:
+    """Would catch a comparison refused after the whole run, for layers that a block is allowed to tie."""
+    torch.manual_seed(5)
+    block = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    block[2].weight = block[0].weight
+    model = module(network=CodedNetwork([block.double(), nn.Sequential(nn.Tanh(), nn.Linear(5, 3)).double()]))
+    twins = CompareWithTwin(sgd)
+    trainer(tmp_path, [twins]).fit(model, datamodule=RandomData())
+    assert twins.twin is not None
+    trained: Any = twins.twin.network
+    assert trained[0][2].weight is trained[0][0].weight
 
 
 def test_same_batches_in_the_same_order(tmp_path: Path) -> None:
