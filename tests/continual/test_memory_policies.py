@@ -96,6 +96,61 @@ def test_weights_are_those_of_all_samples_that_count(window: int | None) -> None
         torch.testing.assert_close(weight, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+def solved_at_task_ends_only(train_hidden: bool = True) -> AltMinModule:
+    """Memories on trained layers, which nothing but the policy makes solve: the run is over long before batch 1000."""
+    network = small_network()
+    network[0].requires_grad_(train_hidden)
+    return AltMinModule(network, weights=CoactivationMemory(form="solve", every=1000, ridge=1e-2, inputs="forward"))
+
+
+class EndsOfTasks(Callback):
+    """The weights at the end of each task."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_task_end(self, trainer: Any, module: Any, task: Any) -> None:
+        self.weights.append(weights(module.network))
+
+
+def test_only_the_stages_of_a_policy_are_solved_for() -> None:
+    """Catches a policy for the output layer that sets hidden layers too.
+
+    The hidden layer must stay as it was made, to the bit. The output layer's inputs are then those of a network whose
+    hidden layer is frozen, and so is its solution.
+    """
+    ends = []
+    for freeze in (False, True):
+        module, kept = solved_at_task_ends_only(train_hidden=not freeze), EndsOfTasks()
+        output = module.core.coded.stages[-1].name
+        fit(module, blob_data(), MemoryPolicy(stages=None if freeze else [output]), kept)
+        ends.append(kept.weights)
+    for own, frozen in zip(*ends, strict=True):
+        assert torch.equal(own["0.weight"], weights(small_network())["0.weight"])
+        assert torch.equal(own["0.bias"], weights(small_network())["0.bias"])
+        torch.testing.assert_close(own["2.weight"], frozen["2.weight"], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(own["2.weight"], weights(small_network())["2.weight"])
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_a_frozen_layer_is_not_solved_for(stages: bool) -> None:
+    """Catches layers that `TaskLearningRates` froze after the first task being set by later tasks' solutions.
+
+    The first task's solution moves both layers; from then on only the output layer has a rate.
+    """
+    module, kept = solved_at_task_ends_only(), EndsOfTasks()
+    names = [stage.name for stage in module.core.coded.stages]
+    policy = MemoryPolicy(stages=names if stages else None)
+    fit(module, blob_data(), policy, TaskLearningRates(0.0, names[:1]), kept)
+    first, second, third = kept.weights
+    assert not torch.equal(first["0.weight"], weights(small_network())["0.weight"])
+    for later in (second, third):
+        assert torch.equal(later["0.weight"], first["0.weight"])
+        assert torch.equal(later["0.bias"], first["0.bias"])
+    assert not torch.equal(second["2.weight"], first["2.weight"])
+    assert not torch.equal(third["2.weight"], second["2.weight"])
+
+
 @pytest.mark.parametrize("policy", ["decay", "window"])
 @pytest.mark.parametrize("call", [2, 3, 5])
 def test_memories_resume(call: int, policy: Any, tmp_path: Path) -> None:

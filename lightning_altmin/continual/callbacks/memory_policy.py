@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn import Parameter
 
+from lightning_altmin.altmin import AltMin
 from lightning_altmin.callbacks.altmin_access import core_of
 from lightning_altmin.continual.callbacks.stream_access import refuse_layer_parallelism, stream_data
 from lightning_altmin.continual.task import Task
@@ -21,7 +24,8 @@ class MemoryPolicy(Callback):
     At the start of every task but the first, statistics are discounted by the policy, or the memory is told to count
     what follows as another task and to drop those beyond its ``window``. At the end of each, memories of
     the solve form solve for their weights, whatever their ``every``, so that all samples of the task are in them; put
-    this callback before those that evaluate.
+    this callback before those that evaluate. Layers outside ``stages`` are left alone at both, and those whose learning
+    rate is 0, as `TaskLearningRates` makes it, stay what they are.
 
     Statistics of the output layer are all that is needed to answer for earlier tasks as long as its inputs stay what
     they were: ``"keep"`` them with frozen or slowly changing features, ``"decay"`` them where features drift, and keep
@@ -31,7 +35,8 @@ class MemoryPolicy(Callback):
         policy: ``"keep"``, ``"decay"``, ``"reset"``, or ``"window"`` for memories made with
             ``CoactivationMemory(form="solve", window=...)``.
         factor: With ``"decay"``, what the sums are multiplied by, in (0, 1).
-        stages: Names of the stages whose memories it is for (see ``core.explain()``); ``None`` for all.
+        stages: Names of the stages whose memories it is for (see ``core.explain()``); ``None`` for all. Memories of the
+            others go on as without this callback.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -73,9 +78,21 @@ class MemoryPolicy(Callback):
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """Solve for the weights."""
-        for memory in _memories(core_of(pl_module, self).weights):
+        core = core_of(pl_module, self)
+        # A memory solves for all of its layers at once.
+        kept = [(parameter, parameter.detach().clone()) for parameter in self._left_alone(trainer, core)]
+        for memory in _memories(core.weights):
             if memory.form == "solve":
                 memory.solve()
+        with torch.no_grad():
+            for parameter, before in kept:
+                parameter.copy_(before)
+
+    def _left_alone(self, trainer: Trainer, core: AltMin) -> list[Parameter]:
+        outside = [s for s in core.coded.stages if self.stages is not None and s.name not in self.stages]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        frozen = [parameter for group in groups if group["lr"] == 0 for parameter in group["params"]]
+        return [parameter for stage in outside for parameter in stage.parameters()] + frozen
 
 
 def _memories(weights: WeightSolver) -> list[CoactivationMemory]:
