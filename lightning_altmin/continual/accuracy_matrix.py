@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,8 @@ class TaskAccuracyMatrix(Metric):
             after: Task trained last; -1 before training.
 
         Raises:
-            ValueError: If ``task`` or ``after`` is out of range, or the shapes do not fit.
+            ValueError: If ``task`` or ``after`` is out of range, the shapes do not fit, or a class of the task has no
+                output.
         """
         correct = count_correct(preds, target, None if self.classes is None else self.classes[self._task(task)])
         self._add(self._task(task), after, correct, torch.tensor(len(target), device=correct.device))
@@ -84,6 +86,16 @@ class TaskAccuracyMatrix(Metric):
     def compute(self) -> Tensor:
         """The matrix, shape ``(T, T)``, float64: row after training on a task, column of the task tested on."""
         return self._accuracy()[1:]
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
+
+        @functools.wraps(compute)
+        def shaped() -> Tensor:
+            matrix: Tensor = wrapped()  # torchmetrics makes a scalar of a matrix of one task
+            return matrix.reshape(self.num_tasks, self.num_tasks)
+
+        return shaped
 
     def initial(self) -> Tensor:
         """The row before training, shape ``(T,)``, float64."""
@@ -133,7 +145,7 @@ def count_correct(logits: Tensor, target: Tensor, classes: Sequence[int] | None 
         A scalar, int64, on the device of ``logits``.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or there is no output for one of ``classes``.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
@@ -141,5 +153,11 @@ def count_correct(logits: Tensor, target: Tensor, classes: Sequence[int] | None 
         )
     if classes is None:
         return (logits.argmax(1) == target).sum()
+    if missing := [label for label in classes if not 0 <= label < logits.shape[1]]:
+        raise ValueError(
+            f"outputs must be one per class, got {logits.shape[1]} outputs, so none for {missing} of classes "
+            f"{list(classes)}; number classes from 0 and make the network's last layer with {max(classes) + 1} outputs "
+            "or more"
+        )
     competing = torch.tensor(list(classes), device=logits.device)
     return (competing[logits[:, competing].argmax(1)] == target).sum()

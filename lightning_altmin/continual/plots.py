@@ -13,13 +13,15 @@ from lightning_altmin.optional_imports import import_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LONGEST = 24  # characters of a name in a figure: a task of many classes names them all
+
 
 def plot_matrix(R: Tensor, names: Sequence[str] | None = None) -> Figure:
     """A heat map of an accuracy matrix, each measured cell with its number in per cent.
 
     Args:
         R: The matrix, shape ``(T, T)``; NaN cells stay empty.
-        names: Names of the tasks.
+        names: Names of the tasks; long ones lose their middle.
 
     Returns:
         A matplotlib figure; save it with ``figure.savefig(path)``.
@@ -28,8 +30,9 @@ def plot_matrix(R: Tensor, names: Sequence[str] | None = None) -> Figure:
         ImportError: If matplotlib is not installed.
     """
     size = len(R)
-    names = [f"task {i}" for i in range(size)] if names is None else list(names)
-    figure, axes = _figure(1.4 + 0.75 * size, 1.2 + 0.65 * size)
+    names = [f"task {i}" for i in range(size)] if names is None else _shortened(names)
+    longest = max(map(len, names))  # a small matrix must leave room for its names, beside and, slanted, below it
+    figure, axes = _figure(max(1.4 + 0.75 * size, 2.4 + 0.09 * longest), max(1.2 + 0.65 * size, 1.6 + 0.07 * longest))
     image = axes.imshow(R.numpy(), vmin=0, vmax=1, cmap="viridis")
     for i in range(size):
         for j in range(size):
@@ -51,7 +54,7 @@ def plot_stream(accuracy: Tensor, task: Tensor, step: Tensor, names: Sequence[st
         accuracy: Trajectory, shape ``(n, T)``.
         task: Task being trained at each row, shape ``(n,)``; -1 before training.
         step: Batches trained at each row, shape ``(n,)``.
-        names: Names of the tasks.
+        names: Names of the tasks; long ones lose their middle.
 
     Returns:
         A matplotlib figure.
@@ -62,7 +65,7 @@ def plot_stream(accuracy: Tensor, task: Tensor, step: Tensor, names: Sequence[st
     """
     if len(step) == 0:
         raise ValueError("the trajectory has no evaluation to draw")
-    names = [f"task {i}" for i in range(accuracy.shape[1])] if names is None else list(names)
+    names = [f"task {i}" for i in range(accuracy.shape[1])] if names is None else _shortened(names)
     figure, axes = _figure(7.2, 3.6)
     for j, name in enumerate(names):
         axes.plot(step.numpy(), accuracy[:, j].numpy(), marker=".", label=name)
@@ -82,6 +85,11 @@ def boundaries(task: Tensor, step: Tensor) -> list[float]:
     """Batches trained when a task was over: the last row's of every task but the last."""
     last = int(task.max())
     return [float(step[task == t].max()) for t in range(last) if bool((task == t).any())]
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    half = (_LONGEST - 3) // 2
+    return [name if len(name) <= _LONGEST else f"{name[:half]} … {name[-half:]}" for name in names]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

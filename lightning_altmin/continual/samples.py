@@ -55,7 +55,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         num_workers: Processes that read data sets which are not in memory; 0 reads in the main process.
 
     Raises:
-        ValueError: If a part's ``indices`` and ``labels`` differ in length.
+        ValueError: If a part's ``indices`` and ``labels`` differ in length, or a label is negative.
     """
 
     def __init__(self, parts: Sequence[Part], num_workers: int = 0) -> None:
@@ -69,6 +69,11 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         self.num_workers = num_workers
         self.labels = torch.cat([part.labels for part in self.parts]) if self.parts else torch.empty(0).long()
         """Label of every sample, shape ``(n,)``, int64."""
+        if negative := sorted(set(self.labels[self.labels < 0].tolist())):
+            raise ValueError(
+                f"labels must be the numbers of classes, 0 or more, got {negative}; number the classes from 0 in all "
+                "data: y = torch.searchsorted(y_train.unique(), y)"
+            )
         self._ends = torch.tensor([len(part.indices) for part in self.parts]).cumsum(0) if self.parts else self.labels
 
     def __len__(self) -> int:
@@ -134,7 +139,13 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         )
 
     def with_labels(self, new: dict[int, int]) -> Samples:
-        """The same samples with each label ``c`` replaced by ``new[c]``."""
+        """The same samples with each label ``c`` replaced by ``new[c]``.
+
+        Raises:
+            ValueError: If ``new`` leaves out a label that occurs.
+        """
+        if missing := sorted(set(self.classes) - set(new)):
+            raise ValueError(f"new must have an entry for every label, got none for {missing}; add them")
         table = torch.full((max(new) + 1,), -1)
         table[list(new)] = torch.tensor(list(new.values()))
         return Samples([Part(p.data, p.indices, table[p.labels], p.inputs) for p in self.parts], self.num_workers)
@@ -156,7 +167,7 @@ def as_samples(data: SamplesLike) -> Samples:
 
     Raises:
         TypeError: If ``data`` is none of these.
-        ValueError: If labels are not integers, one per sample.
+        ValueError: If labels are not integers >= 0, one per sample.
     """
     if isinstance(data, Samples):
         return data

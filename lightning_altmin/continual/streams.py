@@ -196,11 +196,12 @@ def new_instances(
 def fuzzy(stream: TaskStream, mix: float = 0.1, seed: int = 0) -> TaskStream:
     """Blurred boundaries: at each boundary, training samples of the task before and the one after change places.
 
-    Every sample stays in exactly one task, tasks keep their sizes, and test data is left alone.
+    No sample is lost or doubled, tasks keep their sizes, and test data is left alone.
 
     Args:
         stream: The stream to blur.
-        mix: Share of the smaller of two neighbours that crosses their boundary in each direction, in [0, 0.5].
+        mix: Share of the smaller of two neighbours that crosses their boundary in each direction, in [0, 0.5]; rounded,
+            but never more than half of its samples.
         seed: Of the choice of samples.
 
     Raises:
@@ -211,7 +212,9 @@ def fuzzy(stream: TaskStream, mix: float = 0.1, seed: int = 0) -> TaskStream:
     trains = [task.train for task in stream]
     generator = derived_generator(seed, _EXCHANGE)
     orders = [torch.randperm(len(train), generator=generator) for train in trains]
-    crossing = [round(mix * min(len(a), len(b))) for a, b in pairwise(trains)]
+    # Two boundaries take from one task: with more than half of it each, they would take a sample twice.
+    smaller = [min(len(a), len(b)) for a, b in pairwise(trains)]
+    crossing = [min(round(mix * size), size // 2) for size in smaller]
     blurred = []
     for index, (train, order) in enumerate(zip(trains, orders, strict=True)):
         # Of a task's random order, the first samples go to the task before and the last ones to the task after.

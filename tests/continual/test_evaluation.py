@@ -20,6 +20,7 @@ from lightning_altmin.continual import (
     PrequentialAccuracy,
     Replay,
     ReservoirBuffer,
+    TaskStream,
     TaskStreamDataModule,
     metrics,
 )
@@ -189,6 +190,45 @@ def test_what_is_logged_printed_and_saved(tmp_path: Path, capsys: pytest.Capture
     torch.testing.assert_close(saved, matrix, atol=1e-6, rtol=0)
     for name in ("accuracy_matrix.png", "accuracy.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [(blob_stream(1), 1 / 6), (blob_stream().joint(), 1 / 6), (blob_stream().first(1), 1 / 2)],
+    ids=["one", "joint", "first"],
+)
+def test_a_stream_of_one_task(
+    stream: TaskStream, expected: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that ends in an error because a matrix of one entry was taken for a scalar.
+
+    The network always says class 0, which is one of the six classes of all tasks, and one of the first task's two; the
+    test data has as many samples of each.
+    """
+    network = nn.Linear(8, 6)
+    with torch.no_grad():
+        network.weight.zero_()
+        network.bias.copy_(torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    module = BackpropModule(nn.Sequential(network), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    evaluation = ContinualEvaluation(every_n_batches=1, folder=tmp_path, verbose=True)
+    fit(module, TaskStreamDataModule(stream, batch_size=16), evaluation)
+    assert evaluation.matrix.compute().tolist() == [[expected]]
+    assert evaluation.summary()["average_accuracy"] == expected
+    assert evaluation.summary()["task_incremental_accuracy"] == expected  # no other task's outputs to leave out
+    assert f"  {100 * expected:.1f}\n" in capsys.readouterr().out
+    assert (tmp_path / "accuracy_matrix.csv").read_text().endswith(f",{expected:.6f}\n")
+    assert (tmp_path / "accuracy_matrix.png").exists()
+
+
+def test_too_few_outputs_are_an_error_before_training() -> None:
+    """Catches an index error from within, which would not say that the network is too narrow.
+
+    Classes 4 and 5 of the last of three tasks need a fifth and a sixth output, and there are four.
+    """
+    module = BackpropModule(small_network(classes=4))
+    with pytest.raises(ValueError, match=r"gives 4 outputs, but 'classes 4, 5' .*6 classes.* with 6 outputs"):
+        fit(module, blob_data(), ContinualEvaluation())
+    assert module.trainer.global_step == 0
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")

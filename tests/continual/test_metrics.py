@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +175,23 @@ def test_the_matrix_counts_and_leaves_what_was_not_measured_nan() -> None:
     torch.testing.assert_close(matrix.initial(), torch.tensor([NAN, 1.0]).double(), equal_nan=True)
 
 
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_matrix_of_one_task_is_a_matrix(copied: Any) -> None:
+    """Catches torchmetrics' scalar in place of a single entry, in the value, its cache, copies and the figure.
+
+    Two of four samples are right, 1/2, after none of them was: 0.
+    """
+    matrix = TaskAccuracyMatrix(1)
+    logits = torch.tensor([[2.0, 1.0]]).expand(4, 2)
+    matrix.update(logits, torch.tensor([0, 1, 0, 1]), task=0, after=0)
+    matrix.update(logits[:1], torch.tensor([1]), task=0, after=-1)
+    matrix = copied(matrix)
+    for _ in range(2):
+        assert matrix.compute().tolist() == [[0.5]]
+    assert matrix.initial().tolist() == [0.0]
+    assert [(text.get_position(), text.get_text()) for text in matrix.plot().axes[0].texts] == [((0, 0), "50.0")]
+
+
 def test_adding_counts_is_the_same_as_counting() -> None:
     """Catches a row added in the wrong place."""
     g = torch.Generator().manual_seed(0)
@@ -191,11 +211,11 @@ def test_states_are_saved_and_added() -> None:
     """Catches states left out of checkpoints, and anything but sums over processes."""
     matrix = TaskAccuracyMatrix(2)
     matrix.update(torch.eye(2), torch.tensor([0, 0]), task=1, after=1)
-    copy = TaskAccuracyMatrix(2)
-    copy.load_state_dict(matrix.state_dict())
-    assert torch.equal(copy.correct, matrix.correct)
-    assert torch.equal(copy.total, matrix.total)
-    matrix.merge_state(copy)
+    other = TaskAccuracyMatrix(2)
+    other.load_state_dict(matrix.state_dict())
+    assert torch.equal(other.correct, matrix.correct)
+    assert torch.equal(other.total, matrix.total)
+    matrix.merge_state(other)
     assert matrix.total.sum() == 4
     assert float(matrix.compute()[1, 1]) == 0.5
 
@@ -236,6 +256,33 @@ def test_matrix_errors() -> None:
         TaskAccuracyMatrix(2, [(0,)])
     with pytest.raises(ValueError, match="shape"):
         matrix.update(logits[0], target, 0, 0)
+    # Class 2 has no third output, and -1 would be the last one.
+    for classes, message in (((1, 2), r"2 outputs, so none for \[2\].*with 3 outputs"), ((0, -1), r"none for \[-1\]")):
+        with pytest.raises(ValueError, match=message):
+            count_correct(logits, target, classes)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+@pytest.mark.parametrize("name", ["task", ", ".join(map(str, range(100)))], ids=["short", "long"])
+def test_figures_have_room_for_names(tasks: int, name: str) -> None:
+    """Catches a figure so small that its names leave nothing for the matrix, or for the lines.
+
+    Matplotlib then warns that axes collapsed, and warnings are errors here. Of 24 characters, 3 are the gap's, which
+    leaves 10 for either end: of "0, 1, ..., 99", "0, 1, 2, 3" and "97, 98, 99".
+    """
+    from matplotlib.figure import Figure
+
+    from lightning_altmin.continual.plots import plot_matrix, plot_stream
+
+    figures: list[Figure] = [
+        plot_matrix(torch.eye(tasks), [name] * tasks),
+        plot_stream(torch.ones(1, tasks), torch.tensor([0]), torch.tensor([1]), [name] * tasks),
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+        assert min(figure.axes[0].get_window_extent().size) > 30
+    shown = "task" if name == "task" else "0, 1, 2, 3 … 97, 98, 99"
+    assert [label.get_text() for label in figures[0].axes[0].get_xticklabels()] == [shown] * tasks
 
 
 def test_plots_show_the_numbers_and_the_boundaries() -> None:

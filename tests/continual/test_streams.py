@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
@@ -100,6 +100,28 @@ def test_fuzzy_exchanges_samples_at_boundaries(mix: float) -> None:
         for i in neighbours:
             assert sum(n % 6 in sharp[i].classes for n in numbers(task.train)) == crossing
         assert numbers(task.test) == numbers(before.test)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), mix=st.floats(0, 0.5), seed=st.integers(0, 5))
+@example(sizes=[3, 3, 3], mix=0.5, seed=0)
+def test_fuzzy_loses_and_doubles_nothing(sizes: list[int], mix: float, seed: int) -> None:
+    """Catches two boundaries that take the same sample of the task between them, and sizes that change.
+
+    At most half of the smaller neighbour crosses, so both boundaries together leave a task with none of its own at
+    worst. Rounding a share of n samples to what is possible is off by 1/2 at most: 3 samples at 0.5 give 1 of 1.5.
+    """
+    data = [numbered(size, 1, start=sum(sizes[:index])) for index, size in enumerate(sizes)]
+    home = [index for index, size in enumerate(sizes) for _ in range(size)]
+    blurred = fuzzy(from_datasets(data, data), mix, seed)
+    assert all_numbers(blurred) == list(range(sum(sizes)))
+    assert [len(task.train) for task in blurred] == sizes
+    guests = [[home[n] for n in numbers(task.train)] for task in blurred]
+    for index in range(len(sizes) - 1):
+        forward, backward = guests[index + 1].count(index), guests[index].count(index + 1)
+        assert forward == backward
+        assert abs(forward - mix * min(sizes[index : index + 2])) <= 0.5
+    assert all(abs(guest - index) <= 1 for index, own in enumerate(guests) for guest in own)
 
 
 def test_permutations_are_fixed_per_task_and_keep_channels_together() -> None:
@@ -225,6 +247,32 @@ def test_test_labels_that_no_task_teaches_are_an_error() -> None:
         split_classes(numbered(12, 3), numbered(8, 4), 3)
     with pytest.raises(ValueError, match=r"test data has no samples of classes \[2\]"):
         split_classes(numbered(12, 3), numbered(8, 2), 3)
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("labels", ["global", "local"])
+def test_negative_labels_are_refused_with_a_way_out(tasks: int, labels: Any) -> None:
+    """Catches classes -1 and 1 that become one, as the place -1 of a table is its last.
+
+    The way out numbers -1 and 1 as 0 and 1.
+    """
+    x, y = numbered(8, 2)
+    signs = 2 * y - 1
+    with pytest.raises(ValueError, match=r"labels must be .* 0 or more, got \[-1\].*searchsorted"):
+        split_classes((x, signs), (x, signs), tasks, labels=labels)
+    mended = torch.searchsorted(signs.unique(), signs)
+    stream = split_classes((x, mended), (x, mended), tasks, labels=labels)
+    second = (1,) if labels == "global" else (0,)
+    assert [task.classes for task in stream] == ([(0, 1)] if tasks == 1 else [(0,), second])
+
+
+def test_new_labels_must_be_given_for_all() -> None:
+    """Catches a label left out of the mapping that becomes a label of its own, -1, or an index error."""
+    samples = split_classes(numbered(9, 3), numbered(9, 3), 1)[0].train
+    assert samples.with_labels({0: 5, 1: 0, 2: 1}).labels.tolist() == [5, 0, 1] * 3
+    for new, missing in (({0: 0, 2: 1}, 1), ({0: 0, 1: 1}, 2)):
+        with pytest.raises(ValueError, match=rf"none for \[{missing}\]"):
+            samples.with_labels(new)
 
 
 # -------------------------------------------------------------------- other libraries' objects

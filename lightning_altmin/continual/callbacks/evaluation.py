@@ -22,7 +22,7 @@ from lightning_altmin.continual.callbacks.stream_access import (
 from lightning_altmin.continual.data_module import StreamDataModule
 from lightning_altmin.continual.plots import plot_matrix, plot_stream
 from lightning_altmin.continual.report import matrix_table, summary_table
-from lightning_altmin.continual.task import Task
+from lightning_altmin.continual.task import Task, TaskStream
 
 
 class ContinualEvaluation(Callback):
@@ -30,8 +30,9 @@ class ContinualEvaluation(Callback):
 
     One pass gives two accuracies: all outputs compete (class-incremental, or domain-incremental where tasks share
     their labels), and only those of the sample's task do (task-incremental, the task being told). The module's
-    ``forward`` must return one output per class. Numbers go to the loggers as ``continual/...``, exact also with
-    several processes and shards of unequal size; evaluating draws nothing and changes nothing.
+    ``forward`` must return one output per class; a ValueError says if there are too few. Numbers go to the loggers as
+    ``continual/...``, exact also with several processes and shards of unequal size; evaluating draws nothing and
+    changes nothing.
 
     Args:
         every_n_batches: Also evaluate after every n-th batch, for the trajectory; ``None`` for task ends only.
@@ -208,6 +209,7 @@ class ContinualEvaluation(Callback):
                     x, y = inputs_and_labels(pl_module, trainer.strategy.batch_to_device(batch))
                     with trainer.precision_plugin.forward_context():
                         logits = pl_module(x)
+                    _check_outputs(logits, task, data.stream)
                     counts[0, task.index] += int(count_correct(logits, y))
                     counts[1, task.index] += int(count_correct(logits, y, task.classes))
                     counts[2, task.index] += len(y)
@@ -226,6 +228,16 @@ class ContinualEvaluation(Callback):
             row["continual/average_task_incremental_accuracy"] = float(told[: after + 1].mean())
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _check_outputs(logits: Tensor, task: Task, stream: TaskStream) -> None:
+    """Outputs for the classes of a task that is evaluated now; those of later tasks may still be added."""
+    if logits.dim() == 2 and logits.shape[1] <= max(task.classes):
+        raise ValueError(
+            f"the network gives {logits.shape[1]} outputs, but {task.name!r} has classes {list(task.classes)}, of "
+            f"{stream.num_classes} classes in the stream: make its last layer with {stream.num_classes} outputs, or "
+            "the stream with labels='local' if its tasks are to share outputs"
+        )
 
 
 def _csv(R: Tensor, names: list[str]) -> str:
