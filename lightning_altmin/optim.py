@@ -45,7 +45,8 @@ class LayerwiseOptimizer(Optimizer):
 
     ``param_groups`` lists the children's own group dictionaries, so schedulers, learning-rate monitors and gradient
     scalers see and change what the children use. ``state_dict`` keeps the children apart by name, and loading
-    refuses a checkpoint whose names differ.
+    refuses a checkpoint whose names differ. ``defaults`` are the settings that all children know by name, as the first
+    one has them: a scheduler of momentum looks there for whether there is any.
 
     Args:
         children: Optimizers by name; no parameter may be in two of them.
@@ -62,7 +63,9 @@ class LayerwiseOptimizer(Optimizer):
         parameters = [p for group in groups for p in group["params"]]
         if len(set(parameters)) != len(parameters):
             raise ValueError("children share a parameter; every parameter must belong to one optimizer")
-        super().__init__([{"params": parameters}], {})
+        first, *others = (child.defaults for child in self.children.values())
+        common = {name: value for name, value in first.items() if all(name in other for other in others)}
+        super().__init__([{"params": parameters}], common)
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -102,7 +105,12 @@ class LayerwiseOptimizer(Optimizer):
             ValueError: Always, after construction.
         """
         if self.param_groups:
-            raise ValueError("add a parameter group to one of `children`, so that its optimizer is known")
+            raise ValueError(
+                f"param_group: this is one optimizer for each of {sorted(self.children)}, and it cannot tell which of "
+                "them is to train what is added now. Lightning's BaseFinetuning adds the layers that it unfreezes: "
+                "freeze them after the optimizer was made (requires_grad_(False) in on_train_start), which then holds "
+                "them already, or give LocalGradient one factory for all layers instead of a dictionary"
+            )
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

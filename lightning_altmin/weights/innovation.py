@@ -89,8 +89,8 @@ class InnovationForm(MemoryForm[Preconditioner]):
     def direction(self, problem: WeightProblem, memory: Memory[Preconditioner]) -> Tensor:
         layer = memory.layer
         alone = problem.stage.affine == [layer.layer] and problem.forward_output.dim() == 2
-        if not alone or problem.input.shape[0] >= layer.outputs:
-            return memory.statistics.preconditioned(self.pending(problem, memory))
+        if not alone or problem.input.shape[0] >= layer.outputs or layer.keeps_bias:
+            return self._preconditioned(memory, self.pending(problem, memory))
         # With fewer rows than outputs, preconditioning the inputs costs less than preconditioning their products.
         inputs = layer.rows(problem.live.layer_input(layer.layer))
         with torch.autocast(inputs.device.type, enabled=False):
@@ -101,9 +101,27 @@ class InnovationForm(MemoryForm[Preconditioner]):
         layer = memory.layer
         gradients = dict(problem.smooth_gradients)
         positions = layer.positions(problem.live.layer_input(layer.layer))
-        return layer.join([gradients[p] for p in layer.parameters]) / positions**self._power
+        # A bias that was frozen has none.
+        asked = [gradients[p] if p in gradients else torch.zeros_like(p) for p in layer.parameters]
+        return layer.join(asked) / positions**self._power
 
     def renewed_direction(self, memory: Memory[Preconditioner], pending: Tensor | None) -> Tensor:
         assert pending is not None
         memory.statistics.renew(self._ridge)
-        return memory.statistics.preconditioned(pending)
+        return self._preconditioned(memory, pending)
+
+    @staticmethod
+    def _preconditioned(memory: Memory[Preconditioner], matrix: Tensor) -> Tensor:
+        """``matrix (A + ridge)^-1``; where the bias keeps its value, with A that of the other inputs alone.
+
+        That is row operations on the whole inverse P: of all ``[G, g] P`` the one whose column of biases is zero. Its
+        other columns are G times the inverse of A's other block, by the formula of the Schur complement.
+        """
+        found = memory.statistics.preconditioned(matrix)
+        if not memory.layer.keeps_bias:
+            return found
+        unit = matrix.new_zeros(1, matrix.shape[1])
+        unit[0, -1] = 1.0
+        of_bias = memory.statistics.preconditioned(unit)
+        tiny = torch.finfo(of_bias.dtype).tiny  # of an inverse that is zero still
+        return found - found[:, -1:] * (of_bias / of_bias[:, -1:].clamp_min(tiny))

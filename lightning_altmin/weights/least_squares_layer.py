@@ -19,15 +19,25 @@ class LeastSquaresLayer:
 
     Args:
         layer: ``nn.Linear``, or ``nn.Conv2d`` with one group.
+
+    Attributes:
+        has_bias: Whether a one is appended to each row: whether there was a bias to train when this was made. What is
+            kept of a layer has its shape, so a bias that is frozen later stays in it, with the value it has.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self.layer = layer
+        self.has_bias = layer.bias is not None and layer.bias.requires_grad
 
     @property
-    def has_bias(self) -> bool:
-        """Whether a one is appended to each row."""
-        return self.layer.bias is not None and self.layer.bias.requires_grad
+    def is_frozen(self) -> bool:
+        """Whether the weight is not to be changed now."""
+        return not self.layer.weight.requires_grad
+
+    @property
+    def keeps_bias(self) -> bool:
+        """Whether the rows' one belongs to a bias that is not to be changed now."""
+        return self.has_bias and self.layer.bias is not None and not self.layer.bias.requires_grad
 
     @property
     def outputs(self) -> int:
@@ -41,7 +51,7 @@ class LeastSquaresLayer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The weight, and the bias if it is trained."""
+        """The weight, and the bias if a one is appended for it; frozen ones included."""
         named = self.layer._parameters
         return [p for name in ("weight", "bias")[: 1 + self.has_bias] if (p := named[name]) is not None]
 
@@ -54,7 +64,7 @@ class LeastSquaresLayer:
         return torch.cat([part.reshape(self.outputs, -1) for part in parts], 1)
 
     def split(self, matrix: Tensor) -> Gradients:
-        """The matrix' parts, shaped like the parameters they belong to and laid out like them.
+        """The matrix' parts, shaped like the parameters they belong to and laid out like them; without the frozen ones.
 
         A fused optimizer reads a gradient as if it were contiguous, whatever its strides say.
         """
@@ -62,7 +72,9 @@ class LeastSquaresLayer:
         inputs = weight[0].numel()
         parts = [matrix[:, :inputs], matrix[:, inputs:]][: 1 + self.has_bias]
         return [
-            (p, part.reshape(p.shape).to(dtype).contiguous()) for p, part in zip(self.parameters, parts, strict=True)
+            (p, part.reshape(p.shape).to(dtype).contiguous())
+            for p, part in zip(self.parameters, parts, strict=True)
+            if p.requires_grad
         ]
 
     def rows(self, x: Tensor) -> Tensor:

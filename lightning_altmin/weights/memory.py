@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.engines import Gradients
+from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.processes import Processes
 from lightning_altmin.stage import Stage
@@ -19,6 +20,7 @@ from lightning_altmin.weights.least_squares_layer import least_squares_layer
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
 from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range
 from lightning_altmin.weights.solve import SolveForm, Storage
+from lightning_altmin.weights.statistics import Statistics
 
 Form = Literal["innovation", "solve"]
 Equations = Literal["cholesky", "bcd"]
@@ -76,6 +78,9 @@ class CoactivationMemory(WeightSolver):
         ValueError: If a setting is out of its range or belongs to the other form; from `optimizer`, if a layer is
             neither Linear nor Conv2d, or a convolution has groups.
 
+    What is frozen after the model was made keeps its value: a layer whose weight is frozen rests, and nothing is
+    measured of it; a frozen bias is left out of what is solved for. Both go on once they are trained again.
+
     The whole of a batch is one optimizer step. ``LayerwiseWeights`` combines memories with other solvers:
     ``LayerwiseWeights({"output": LocalGradient(), "default": CoactivationMemory()})``. Several processes sum their
     statistics whenever they are used anew and before they are saved.
@@ -127,13 +132,25 @@ class CoactivationMemory(WeightSolver):
         self._inputs = inputs
         self._others = optimizer
         self._memories: dict[str, Memory[Any]] = {}
-        self._statistics = nn.ModuleDict()
+        self._statistics = nn.Module()  # not a ModuleDict, which has no room for a layer called `keys`
         self._pending: list[tuple[Memory[Any], Tensor | None]] = []
         self._batch: int | None = None
         self._processes = Processes()
         self._measured = self._renews = False
 
     # ---------------------------------------------------------------- what the algorithm asks for
+
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+        """Refuse terms of the objective that a memory does not follow.
+
+        Raises:
+            ValueError: If there is an l1 term of the weights, or codes are coupled otherwise than the form supposes.
+        """
+        own = [stage for stage in stages if _is_for(stage)]
+        if own:
+            _refuse_l1(objective)
+        if any(not stage.is_output for stage in own):
+            self._form.check_objective(objective)
 
     def inputs_of(self, stage: Stage) -> Inputs:
         if self._inputs is not None:
@@ -168,23 +185,21 @@ class CoactivationMemory(WeightSolver):
         memory = self._memories.get(problem.stage.name)
         if memory is None:
             return problem.gradients()
-        if problem.objective.lambda_w > 0:
-            raise ValueError(
-                f"the objective has lambda_w={problem.objective.lambda_w:g}, which a memory does not follow; use "
-                "CoactivationMemory(form='solve', solver='bcd', lambda_w=...)"
-            )
+        _refuse_l1(problem.objective)  # again, for it may have been changed
         layer, statistics = memory.layer, memory.statistics
         self._processes = problem.processes
         if problem.number != self._batch:  # what a batch that failed half-way has left behind
             self._batch, self._pending = problem.number, []
         self._measured, self._renews = self._form.measures(problem.number), self._form.renews(problem.number)
-        if self._measured:
+        if self._measured and not layer.is_frozen:
             target, mask = self._form.targets(problem, memory)
             statistics.add(problem.live.layer_input(layer.layer), target, mask, self.forgetting, self._processes.count)
         gradients: Gradients = []
         if _beside(problem.stage, memory):
             own = {id(p) for p in layer.parameters}
             gradients = [(p, g) for p, g in problem.smooth_gradients if id(p) not in own]
+        if layer.is_frozen:
+            return gradients
         if self._renews:
             self._pending.append((memory, self._form.pending(problem, memory)))
         elif (direction := self._form.direction(problem, memory)) is not None:
@@ -195,7 +210,8 @@ class CoactivationMemory(WeightSolver):
         if not self._renews:
             return gradients
         pending, self._pending = self._pending, []
-        self.synchronize()
+        if self._processes.count > 1:  # measured in this batch, so they hold shares: no need to look
+            self._sum([memory.statistics for memory, _ in pending])
         for memory, part in pending:
             gradients = gradients + memory.layer.split(self._form.renewed_direction(memory, part))
         return gradients
@@ -207,8 +223,12 @@ class CoactivationMemory(WeightSolver):
 
     def synchronize(self) -> None:
         """Sum the statistics over processes, if they hold shares; all of them must call it, before a save for one."""
-        shared = [memory.statistics for memory in self._memories.values()]
-        if self._processes.count == 1 or not any(each.is_share for each in shared):
+        if self._processes.count > 1:
+            every = [memory.statistics for memory in self._memories.values()]
+            self._sum([each for each in every if each.is_share])  # a layer at rest may be whole
+
+    def _sum(self, shared: Sequence[Statistics]) -> None:
+        if not shared:
             return
         # One flat collective over all layers: upper triangles of A, B, products with A, numbers of rows.
         parts = [each.packed() for each in shared]
@@ -230,9 +250,10 @@ class CoactivationMemory(WeightSolver):
         if not isinstance(self._form, SolveForm):
             raise ValueError(f"form={self.form!r} keeps no targets to solve for; use form='solve'")
         self.synchronize()
-        if empty := [name for name, memory in self._memories.items() if float(memory.statistics.count()) == 0]:
+        memories = {name: memory for name, memory in self._memories.items() if not memory.layer.is_frozen}
+        if empty := [name for name, memory in memories.items() if float(memory.statistics.count()) == 0]:
             raise ValueError(f"the memories of stages {empty} have seen nothing to solve for; train on a batch first")
-        for memory in self._memories.values():
+        for memory in memories.values():
             for parameter, value in memory.layer.split(self._form.solution(memory)):
                 parameter.copy_(value)
 
@@ -299,15 +320,28 @@ class CoactivationMemory(WeightSolver):
                 raise ValueError("weights: this CoactivationMemory belongs to another model; make one for each")
             return
         for stage in stages:
-            weight = getattr(stage.affine[0], "weight", None)
-            if not trainable(stage) or (isinstance(weight, nn.Parameter) and not weight.requires_grad):
+            if not _is_for(stage):
                 continue
             layer = least_squares_layer(stage)
             statistics = self._form.statistics(layer)
             memory: Memory[Any] = Memory(stage, layer, statistics)
             self._form.check(memory)
             self._memories[stage.name] = memory
-            self._statistics[stage.name.replace(".", "/")] = statistics
+            self._statistics.add_module(stage.name.replace(".", "/"), statistics)
+
+
+def _is_for(stage: Stage) -> bool:
+    """Whether the stage's layer is to have a memory: unless there is nothing to train, or its weight is frozen."""
+    weight = getattr(stage.affine[0], "weight", None)
+    return bool(trainable(stage)) and not (isinstance(weight, nn.Parameter) and not weight.requires_grad)
+
+
+def _refuse_l1(objective: AltMinObjective) -> None:
+    if objective.lambda_w > 0:
+        raise ValueError(
+            f"the objective has lambda_w={objective.lambda_w:g}, which a memory does not follow; use "
+            "CoactivationMemory(form='solve', solver='bcd', lambda_w=...)"
+        )
 
 
 def _beside(stage: Stage, memory: Memory[Any] | None) -> list[nn.Parameter]:

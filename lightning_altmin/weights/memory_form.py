@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
@@ -69,6 +70,14 @@ class MemoryForm(ABC, Generic[Kept]):
         Raises:
             ValueError: With the way out.
         """
+
+    def check_objective(self, objective: AltMinObjective) -> None:
+        """Refuse an objective whose hidden layers this form cannot fit; here there is none.
+
+        Raises:
+            ValueError: With the way out.
+        """
+        return
 
     @abstractmethod
     def measures(self, number: int) -> bool:

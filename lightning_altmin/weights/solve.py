@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_altmin.losses import CrossEntropy
+from lightning_altmin.objective import AltMinObjective, ReferenceObjective
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.bcd import bcd
@@ -132,6 +133,14 @@ class SolveForm(MemoryForm[Sums]):
                 f'LayerwiseWeights({{"{memory.stage.name}": LocalGradient(), "default": ...}})'
             )
 
+    def check_objective(self, objective: AltMinObjective) -> None:
+        coupling = type(objective).weight_coupling_gradient
+        if coupling not in (AltMinObjective.weight_coupling_gradient, ReferenceObjective.weight_coupling_gradient):
+            raise ValueError(
+                f"form='solve' fits layers to their codes by least squares, and {type(objective).__name__} has a "
+                "weight_coupling_gradient of its own, which it would not follow; use form='innovation'"
+            )
+
     def measures(self, number: int) -> bool:
         return True
 
@@ -171,8 +180,14 @@ class SolveForm(MemoryForm[Sums]):
     def solution(self, memory: Memory[Sums]) -> Tensor:
         """The weights that the statistics ask for, shape ``(outputs, inputs)``."""
         A, B = memory.statistics.sums()
+        weights, layer = memory.layer.matrix().to(A.dtype), memory.layer
         with torch.autocast(A.device.type, enabled=False):
-            return self._equations(memory.layer.matrix().to(A.dtype), A, B, memory.layer.has_bias)
+            if not layer.keeps_bias:
+                return self._equations(weights, A, B, layer.has_bias)
+            # The bias was frozen: its part of the targets is not for the weights to meet.
+            weights, bias = weights[:, :-1], weights[:, -1:]
+            rest = B[:, :-1] - bias * A[-1:, :-1]
+            return torch.cat([self._equations(weights, A[:-1, :-1], rest, False), bias], 1)
 
 
 def _one_hot(problem: WeightProblem, ignored: int) -> tuple[Tensor, Tensor | None]:

@@ -87,12 +87,14 @@ class Statistics(nn.Module, ABC):
     def products(self) -> tuple[int, int]:
         """Multiply-adds per row measured, and per renewal."""
 
-    def _decay(self, forgetting: float, processes: int) -> float:
+    def _decay(self, forgetting: float, processes: int) -> float | Tensor:
         """What the sums are multiplied by before a batch is added; a whole becomes equal shares."""
-        if processes > 1 and not self.is_share:
-            self.is_share = torch.ones_like(self.is_share)
-            return forgetting / processes
-        return forgetting
+        if processes == 1:
+            return forgetting
+        # On the device: whether this is a share goes back with a bad batch, and to look would stall it in every layer.
+        decay = torch.where(self.is_share, self.rows.new_full((), forgetting), forgetting / processes)
+        self.is_share = torch.ones_like(self.is_share)
+        return decay
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         super()._load_from_state_dict(*arguments, **keywords)

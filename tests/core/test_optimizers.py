@@ -197,7 +197,7 @@ def test_children_are_checked() -> None:
         LayerwiseOptimizer({"a": SGD([p], lr=1.0), "b": SGD([p, q], lr=1.0)})
     with pytest.raises(ValueError, match="at least one optimizer"):
         LayerwiseOptimizer({})
-    with pytest.raises(ValueError, match="one of `children`"):
+    with pytest.raises(ValueError, match=r"each of \['a'\], and it cannot tell"):
         LayerwiseOptimizer({"a": SGD([p], lr=1.0)}).add_param_group({"params": [q]})
 
 

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_altmin import AltMin, AltMinObjective, CoactivationMemory, LayerwiseWeights, LocalGradient
 from tests.weights.problems import batch, mlp
@@ -84,8 +85,55 @@ def test_other_misuse_is_refused() -> None:
     AltMin(mlp(), nn.CrossEntropyLoss(), weights=shared)
     with pytest.raises(ValueError, match="belongs to another model"):
         AltMin(mlp(), nn.CrossEntropyLoss(), weights=shared)
-    core = AltMin(mlp(), nn.CrossEntropyLoss(), AltMinObjective(lambda_w=0.1), weights=CoactivationMemory())
+    with pytest.raises(ValueError, match=r"lambda_w=0.1, which a memory does not follow"):
+        AltMin(mlp(), nn.CrossEntropyLoss(), AltMinObjective(lambda_w=0.1), weights=CoactivationMemory())
+    core = AltMin(mlp(), nn.CrossEntropyLoss(), weights=CoactivationMemory())
+    core.objective.lambda_w = 0.1
     with pytest.raises(ValueError, match=r"lambda_w=0.1, which a memory does not follow"):
         core.step(*batch(core.network))
     with pytest.raises(ValueError, match="keeps no targets to solve for"):
         shared.solve()
+
+
+class _Absolute(AltMinObjective):
+    """``mu ||f(input) - c||_1`` in the weight step."""
+
+    def weight_coupling_gradient(self, residual: Tensor, signal: Tensor | None = None) -> Tensor:
+        return residual.sign() * (self.mu / residual.shape[0])
+
+
+def test_solutions_are_for_squares_only() -> None:
+    """Catches least squares in the place of a distance that the objective defines: what a layer's ``W`` minimises is
+    then another. A constant factor, as that of the reference's arithmetic, moves no minimum.
+    """
+    with pytest.raises(ValueError, match="_Absolute has a weight_coupling_gradient of its own"):
+        AltMin(mlp(), nn.CrossEntropyLoss(), _Absolute(), weights=CoactivationMemory("solve"))
+    AltMin(mlp(), nn.CrossEntropyLoss(), _Absolute(), weights=CoactivationMemory())  # goes by gradients
+    AltMin(mlp(), nn.CrossEntropyLoss(), AltMinObjective.reference(), weights=CoactivationMemory("solve"))
+    only_output = LayerwiseWeights({"output": CoactivationMemory("solve"), "default": LocalGradient()})
+    AltMin(mlp(), nn.CrossEntropyLoss(), _Absolute(), weights=only_output)  # which is judged by the loss
+
+
+class _Named(nn.Module):
+    """Layers with names that a dictionary has for itself."""
+
+    NAMES = ("keys", "values", "items", "pop", "update", "clear")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.NAMES:
+            self.add_module(name, nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.NAMES[:-1]:
+            x = getattr(self, name)(x).relu()
+        last: Tensor = self.clear(x)
+        return last
+
+
+def test_a_layer_may_have_any_name() -> None:
+    """Catches statistics kept under names that a module cannot have: what a network's child may be called, they may."""
+    core = AltMin(_Named(), nn.CrossEntropyLoss(), weights=CoactivationMemory())
+    core.step(torch.randn(5, 6), torch.randint(6, (5,)))
+    held = {name.split(".")[2] for name in core.state_dict() if name.startswith("weights._statistics.")}
+    assert held == set(_Named.NAMES)
