@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from lightning_altmin.run_logs import Curve, Run, read_runs
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#555555")  # told apart by most eyes
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 460, 240, 58, 28, 8, 10
 _POINTS = 400  # of a curve that are drawn
+_SMALLEST, _LARGEST = 1e-300, sys.float_info.max  # a range with less than the one is a point
 _CODES = "codes/"  # of CodeMonitor: codes/<layer>/<quantity>
 _PACKAGES = ("lightning-altmin", "torch", "lightning", "torchmetrics", "numpy")
 _STYLE = """
@@ -74,7 +76,10 @@ def main(arguments: Sequence[str]) -> None:
         page = report(given.folders)
     except (FileNotFoundError, ValueError, ImportError) as error:
         parser.error(str(error))
-    given.output.write_text(page, encoding="utf-8")
+    try:
+        given.output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        parser.error(f"--output: {str(given.output)!r} cannot be written: {error.strerror or error}")
     print(f"wrote {given.output}")  # noqa: T201  (the command's answer)
 
 
@@ -121,7 +126,7 @@ def _code_charts(runs: Sequence[Run]) -> Iterable[str]:
 
 def _matrices(runs: Sequence[Run]) -> Iterable[str]:
     for run in runs:
-        for path, (head, *rows) in run.matrices.items():
+        for path, (head, *rows) in ((path, table or [["empty"]]) for path, table in run.matrices.items()):
             cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
             body = "".join(
                 f"<tr><td>{escape(row[0])}</td>{''.join(_accuracy_cell(cell) for cell in row[1:])}</tr>" for row in rows
@@ -227,19 +232,25 @@ class _Scale:
     """From values to places on the page."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        margin = 0.5 * max(abs(low), 1e-9) if low == high else 0.0
-        self.low, self.high, self.start, self.end = low - margin, high + margin, start, end
+        margin = 0.5 * max(abs(low), 1e-9) if _quarter(low, high) < _SMALLEST else 0.0
+        self.low, self.high = max(low - margin, -_LARGEST), min(high + margin, _LARGEST)
+        self.start, self.end = start, end
 
     def at(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        return self.start + _quarter(self.low, value) / _quarter(self.low, self.high) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
         """Round numbers inside the range: three to six of them."""
-        rough = (self.high - self.low) / 4
+        rough = _quarter(self.low, self.high)
         power = 10.0 ** math.floor(math.log10(rough))
         step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _quarter(low: float, high: float) -> float:
+    """A quarter of a difference, which is a number where the difference itself is too large for one."""
+    return high / 4 - low / 4
 
 
 def _number(value: float) -> str:

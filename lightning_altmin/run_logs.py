@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     found: list[Path] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(f"run folder {str(folder)!r} does not exist")
+            raise FileNotFoundError(
+                f"run folder {str(folder)!r} {'is a file' if folder.exists() else 'does not exist'}"
+            )
         below = sorted({path.parent for pattern in (_CSV, _EVENTS) for path in folder.rglob(pattern)})
         if not below:
             raise FileNotFoundError(
@@ -67,27 +70,43 @@ def _read(folder: Path, name: str) -> Run:
         run.curves = _event_curves(folder) | run.curves
     settings = next((path for file in _SETTINGS if (path := folder / file).exists()), None)
     if settings is not None:
-        run.settings = settings.read_text(encoding="utf-8").strip()
+        with _named(settings):
+            run.settings = settings.read_text(encoding="utf-8").strip()
     for path in sorted(folder.rglob(_MATRIX)):
-        with path.open(newline="", encoding="utf-8") as file:
+        with _named(path), path.open(newline="", encoding="utf-8") as file:
             run.matrices[str(path.relative_to(folder))] = [row for row in csv.reader(file) if row]
     return run
 
 
 def _csv_curves(path: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
-    with path.open(newline="", encoding="utf-8") as file:
+    with _named(path), path.open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file), 2):
+            if None in row:
+                raise ValueError(f"{path}, line {number}: it has more cells than the first line has columns")
             for name, cell in row.items():
                 if name in _NO_METRICS or not cell:
                     continue
                 try:
                     curves.setdefault(name, []).append((int(float(row["step"])), float(cell)))
-                except (KeyError, ValueError) as error:
+                except (KeyError, TypeError, ValueError, OverflowError) as error:
                     raise ValueError(
                         f"{path}, line {number}, column {name!r}: {cell!r} with its step is no number"
                     ) from error
     return {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items()}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file that cannot be read inside this context."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read as UTF-8: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _event_curves(folder: Path) -> dict[str, Curve]:

@@ -149,20 +149,75 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
         (lambda folder: folder / "missing", "does not exist"),
         (lambda folder: folder, "no metrics.csv and no events"),
         (lambda folder: bad_file(folder), r"metrics.csv, line 2, column 'loss': 'much'"),
+        (lambda folder: bad_file(folder) / "metrics.csv", "metrics.csv' is a file"),
+        (
+            lambda folder: bad_file(folder, b"step,loss\n0,1,2\n"),
+            "metrics.csv, line 2: it has more cells than the first",
+        ),
+        (lambda folder: bad_file(folder, b"loss,step\n1\n"), r"metrics.csv, line 2, column 'loss': '1' with its step"),
+        (lambda folder: bad_file(folder, b"step,loss\n1e999,1\n"), r"metrics.csv, line 2, column 'loss': '1' with its"),
+        (lambda folder: bad_file(folder, b"step,loss\n0,\xff\n"), "metrics.csv cannot be read as UTF-8: .* 0xff"),
+        (
+            lambda folder: bad_file(folder, b"step,loss\n0," + b"1" * 200_000),
+            "metrics.csv cannot be read as CSV: field",
+        ),
+        (lambda folder: bad_folder(folder, "metrics.csv"), "metrics.csv cannot be read: Is a directory"),
+        (lambda folder: bad_folder(bad_file(folder, b""), "hparams.yaml"), "hparams.yaml cannot be read: Is a dir"),
+        (
+            lambda folder: bad_folder(bad_file(folder, b""), "accuracy_matrix.csv"),
+            "matrix.csv cannot be read: Is a dir",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_said(
     make: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches an empty page where a folder was mistyped, and a traceback."""
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(["report", str(make(tmp_path))])  # type: ignore[operator]
-    assert re.search(message, capsys.readouterr().err)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
-def bad_file(folder: Path) -> Path:
-    (folder / "metrics.csv").write_text("step,loss\n0,much\n")
+def bad_file(folder: Path, content: bytes = b"step,loss\n0,much\n") -> Path:
+    (folder / "metrics.csv").write_bytes(content)
     return folder
+
+
+def bad_folder(folder: Path, name: str) -> Path:
+    (folder / name).mkdir()
+    return folder
+
+
+def test_a_page_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback for a mistyped folder."""
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(csv_run(tmp_path, "run")), "--output", str(tmp_path / "missing" / "a.html")])
+    assert ended.value.code == 2
+    assert re.search(r"--output: '.*a.html' cannot be written: No such file", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_an_empty_matrix_is_shown_as_empty(tmp_path: Path) -> None:
+    """Catches a run that ended before its first row and then has no report at all."""
+    folder = csv_run(tmp_path, "run")
+    (folder / "accuracy_matrix.csv").write_text("")
+    assert '<table class="matrix"><tr><th>empty</th></tr></table>' in report([folder])
+
+
+@pytest.mark.parametrize("values", [(1e308, -1e308), (-1.7e308, -1.7e308), (0.0, 5e-324), (1.7e308, 0.0)])
+def test_extreme_values_are_drawn(values: tuple[float, float], tmp_path: Path) -> None:
+    """Catches a range too large for a number, or too small to be divided by: every place is inside the picture."""
+    page = report([csv_run(tmp_path, "run", [(step, {"loss": value}) for step, value in enumerate(values)])])
+    (svg,) = re.findall(r"<svg.*?</svg>", page)
+    assert "inf" not in svg
+    assert "nan" not in svg
+    (line,) = re.findall(r'<path d="M([^"]*)" fill="none"', svg)
+    heights = [float(point.split()[1]) for point in line.split("L")]
+    top, bottom = (float(v) for v in re.findall(r'class="frame" d="M\S+ (\d+)V(\d+)', svg)[0])
+    if values[0] - values[1] > 1e-300:
+        assert heights == [top, bottom]  # the highest and the lowest
+    else:
+        assert all(top < height < bottom for height in heights)
 
 
 def test_a_browser_shows_it(tmp_path: Path) -> None:
