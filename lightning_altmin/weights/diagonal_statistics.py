@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
+from lightning_altmin.weights.ridge import TINY, zero_unless_seen
 from lightning_altmin.weights.statistics import Preconditioner
 
 
@@ -63,10 +64,10 @@ class DiagonalStatistics(Preconditioner):
         self.squares, self.product, self.rows = self.squares * factor, self.product * factor, self.rows * factor
 
     def renew(self, ridge: float) -> None:
-        damped = self.squares + ridge * self.squares.mean().clamp_min(1e-30)
+        damped = self.squares + ridge * self.squares.mean().clamp_min(TINY)
         direction, product = self.direction, self.product
         top = (direction * product).sum() / (direction * damped * direction).sum()  # autocast leaves sums alone
-        self.inverse = self.rows / (damped * top.clamp_min(1))
+        self.inverse = zero_unless_seen(self.rows / (damped * top.clamp_min(1)), self.squares.sum())
         turned = product / damped
         size = turned.norm()
         self.direction = torch.where(size > 0, turned / size.clamp_min(1e-30), direction)

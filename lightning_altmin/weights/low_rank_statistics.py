@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
+from lightning_altmin.weights.ridge import TINY, zero_unless_seen
 from lightning_altmin.weights.statistics import Preconditioner
 
 
@@ -72,9 +73,9 @@ class LowRankStatistics(Preconditioner):
             values = self._turn()
         rows, (inputs, rank) = self.rows.clamp_min(1e-30), self.directions.shape
         rest = (self.trace - values.sum()).clamp_min(0) / (inputs - rank)
-        damping = ridge * self.trace / inputs
-        self.base = rows / (rest + damping)
-        self.gain = rows / (values + damping) - self.base
+        damping = ridge * (self.trace / inputs).clamp_min(TINY)
+        self.base = zero_unless_seen(rows / (rest + damping), self.trace)
+        self.gain = zero_unless_seen(rows / (values + damping), self.trace) - self.base
 
     def _turn(self) -> Tensor:
         """Set the directions to the eigenvectors of the Nystrom approximation; returns its eigenvalues."""

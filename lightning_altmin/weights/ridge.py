@@ -7,6 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
+TINY = 1e-30
+"""Least mean square of a layer's inputs that a ridge is taken of, so that nothing is divided by zero."""
+
 _JITTERS = (1e-10, 1e-8, 1e-6, 1e-4)  # of the equilibrated matrix, whose diagonal is 1
 
 
@@ -34,14 +37,23 @@ def ridge_solution(A: Tensor, B: Tensor, ridge: float) -> Tensor:
 def damped_inverse(A: Tensor, ridge: float) -> Tensor:
     """``(A + ridge * mean(diag A) I)^-1``; not finite if A is not, and never a wait for an accelerator.
 
+    Zero if A is: inputs that were all zero (a dead layer, black images) say nothing, so nothing is to move by them.
+
     Args:
         A: Symmetric, positive semi-definite, shape ``(inputs, inputs)``.
         ridge: Relative to the mean of A's diagonal, > 0.
     """
-    damped = _damped(A, ridge)
+    diagonal = A.diagonal()
+    damped = A + torch.diag_embed((ridge * diagonal.mean().clamp_min(TINY)).expand(A.shape[0]))
     factor, failed = torch.linalg.cholesky_ex(damped)
     inverse = torch.cholesky_inverse(factor).contiguous()  # as it will be once loaded: products round by the layout
-    return torch.where(failed == 0, inverse, torch.full_like(inverse, torch.nan))
+    inverse = torch.where(failed == 0, inverse, torch.full_like(inverse, torch.nan))
+    return zero_unless_seen(inverse, diagonal.sum())
+
+
+def zero_unless_seen(inverse: Tensor, squares: Tensor) -> Tensor:
+    """``inverse``, or zeros if the inputs' sum of squares is zero: then it is that of a floor, and no step to take."""
+    return torch.where(squares != 0, inverse, 0.0)
 
 
 def _damped(A: Tensor, ridge: float) -> Tensor:

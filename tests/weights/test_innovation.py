@@ -144,3 +144,25 @@ def test_schedules_change_the_step() -> None:
     before = copy.deepcopy(network.state_dict())
     core.step(*batch(network))
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rank", [None, 2, 0])
+def test_inputs_that_are_all_zero_move_nothing(rank: int | None) -> None:
+    """Catches a black batch at the start, of a layer without a bias, that ends training or sends the layer anywhere.
+
+    A gradient ``d a^T`` of zero inputs is zero, so the layer stays; so it does in a batch with inputs before the next
+    measurement, whose size nobody knows yet. After that it moves.
+    """
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 4)).double()
+    weights = CoactivationMemory(rank=rank, every=4, limit=math.inf)
+    core = AltMin(network, nn.CrossEntropyLoss(), weights=weights)
+    before = network[0].weight.detach().clone()
+    x, y = batch(network)
+    for _ in range(3):  # measured in batches 0, 1, 2 and 4
+        core.step(torch.zeros_like(x), y)
+    core.step(x, y)
+    assert torch.equal(network[0].weight, before)
+    core.step(x, y)
+    assert not torch.equal(network[0].weight, before)
+    assert (network[0].weight - before).norm() < 100 * before.norm()

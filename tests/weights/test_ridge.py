@@ -75,3 +75,12 @@ def test_damped_inverse_of_bad_statistics_is_not_finite() -> None:
     A = torch.eye(4)
     A[1, 1] = torch.nan
     assert not damped_inverse(A, 1.0).isfinite().all()
+
+
+def test_damped_inverse_of_inputs_that_were_all_zero() -> None:
+    """Catches an exception from a factor with zeros on its diagonal, and a huge inverse by which one later batch would
+    move the layer anywhere: without an input there is nothing to divide by, and nothing to move.
+    """
+    assert damped_inverse(torch.zeros(4, 4), 1.0).abs().max() == 0
+    tiny = damped_inverse(torch.eye(4) * 1e-42, 1.0)  # below what single precision can divide by
+    assert tiny.isfinite().all()

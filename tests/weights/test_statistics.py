@@ -149,6 +149,25 @@ def test_shares_of_processes_sum_to_the_whole() -> None:
     torch.testing.assert_close(sum(share.A for share in shares), whole.A, rtol=1e-12, atol=1e-12)
 
 
+def test_shares_are_added_to_without_a_look_at_the_device() -> None:
+    """Catches a wait for an accelerator per layer and batch: tensors without data cannot be looked at at all."""
+    layer = LeastSquaresLayer(nn.Linear(4, 2, device="meta"))
+    kept = LayerStatistics(layer, torch.float32, targets=False, inverse=True)
+    for _ in range(2):  # autocast knows no such device, so this is what `add` begins with
+        assert isinstance(kept._decay(0.9, processes=2), torch.Tensor)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_share_is_discounted_in_full_precision(processes: int) -> None:
+    """Catches a factor in single precision: of rows counted in double, 0.7 / processes and then 0.7 of what is held."""
+    kept = statistics(3)
+    a, c = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    kept.add(a, c)
+    kept.add(a, c, forgetting=0.7, processes=processes)
+    kept.add(a, c, forgetting=0.7, processes=processes)
+    assert float(kept.rows) == pytest.approx((4 * 0.7 / processes + 4) * 0.7 + 4, rel=1e-14)
+
+
 def test_autocast_does_not_reach_the_statistics() -> None:
     """Catches products in 16 bits: 4097 is no bfloat16."""
     layer = LeastSquaresLayer(nn.Linear(1, 1, bias=False))
