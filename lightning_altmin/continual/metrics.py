@@ -131,7 +131,7 @@ def average_anytime_accuracy(accuracy: Numbers, task: Numbers) -> Tensor:
 
 
 def min_accuracy(accuracy: Numbers, task: Numbers) -> Tensor:
-    """How low accuracy on earlier tasks ever was: ``1/(k-1) sum_{j<k} min_{n: task[n]>j} accuracy[n, j]``.
+    """How low accuracy on earlier tasks ever was: ``1/(k-1) sum_{j<k-1} min_{n: task[n]>j} accuracy[n, j]``.
 
     De Lange et al., "Continual evaluation for lifelong learning: identifying the stability gap", 2023 (min-ACC). ``k``
     tasks were trained; the minimum over the evaluations after task ``j`` was over. NaN if fewer than two were.
