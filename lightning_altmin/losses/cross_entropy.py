@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_altmin.losses.base import LossAt
-from lightning_altmin.losses.by_autograd import ModuleLoss
+from lightning_altmin.losses.class_labels import ClassLabelLoss
 from lightning_altmin.losses.targets import label_weights
 
 aten = torch.ops.aten
 _MEAN, _SUM = 1, 2  # ATen's numbers of the reductions
 
 
-class CrossEntropy(ModuleLoss):
+class CrossEntropy(ClassLabelLoss):
     """``nn.CrossEntropyLoss`` in closed form for outputs ``(batch, classes)`` and class-index targets.
 
     Class weights, ``ignore_index`` and label smoothing are covered; other shapes and soft targets go through
@@ -40,9 +40,6 @@ class CrossEntropy(ModuleLoss):
     def _has_closed_form(self, output: Tensor, target: Any) -> bool:
         return output.dim() == 2 and not target.is_floating_point()
 
-    def _valid(self, target: Tensor) -> Tensor:
-        return target != self.module.ignore_index
-
     def _class_weights(self, output: Tensor, target: Tensor) -> Tensor:
         return label_weights(self.module, output, target)
 
@@ -58,45 +55,6 @@ class CrossEntropy(ModuleLoss):
             spread = probabilities * (classes if weight is None else weight.sum()) - (1 if weight is None else weight)
             gradient += (smoothing / classes) * spread * valid.unsqueeze(1)
         return gradient
-
-    def check(self, output: Tensor, target: Any) -> None:
-        super().check(output, target)
-        if not isinstance(target, Tensor):
-            raise TypeError(f"CrossEntropyLoss needs a tensor of targets, got {type(target).__name__}")
-        if target.is_floating_point():
-            if target.shape != output.shape:
-                raise ValueError(
-                    f"y holds floats of shape {tuple(target.shape)}; give class indices (dtype long, shape "
-                    f"{(output.shape[0], *output.shape[2:])}) or probabilities of shape {tuple(output.shape)}"
-                )
-            return
-        if target.dtype != torch.long or target.shape != (output.shape[0], *output.shape[2:]):
-            raise ValueError(
-                f"y has dtype {target.dtype} and shape {tuple(target.shape)}; CrossEntropyLoss needs dtype torch.int64 "
-                f"and shape {(output.shape[0], *output.shape[2:])} for outputs of shape {tuple(output.shape)}"
-            )
-        if target.device.type != "cpu" or target.numel() == 0:
-            return
-        lowest, highest = target.aminmax()
-        if (lowest < 0 or highest >= output.shape[1]) and not self.labels_fit(output, target):
-            labels = target[self._valid(target)]
-            raise ValueError(
-                f"y holds labels from {int(labels.min())} to {int(labels.max())} but the network has "
-                f"{output.shape[1]} outputs: labels must lie in 0..{output.shape[1] - 1}"
-            )
-
-    def readable(self, output: Tensor, target: Any) -> Any:
-        if target.is_floating_point():
-            return target
-        fits = ((target >= 0) & (target < output.shape[1])) | ~self._valid(target)
-        return target.where(fits, self.module.ignore_index)
-
-    def evidence(self, output: Tensor, target: Any) -> list[Tensor]:
-        return [] if target.is_floating_point() else [self.labels_fit(output, target)]
-
-    def labels_fit(self, output: Tensor, target: Tensor) -> Tensor:
-        """Whether every label is a class or ignored; a scalar bool tensor on the target's device."""
-        return (((target >= 0) & (target < output.shape[1])) | ~self._valid(target)).all()
 
 
 class _HardCrossEntropyAt(LossAt):

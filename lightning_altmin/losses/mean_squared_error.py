@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_altmin.losses.by_autograd import ModuleLoss
-from lightning_altmin.losses.targets import check_same_shape
+from lightning_altmin.losses.targets import check_floats, check_same_shape
 
 
 class MeanSquaredError(ModuleLoss):
@@ -22,3 +23,5 @@ class MeanSquaredError(ModuleLoss):
     def check(self, output: Tensor, target: Any) -> None:
         super().check(output, target)
         check_same_shape("MSELoss", output, target)
+        if target.dtype == torch.bool:
+            check_floats("MSELoss", target)

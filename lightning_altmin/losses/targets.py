@@ -28,3 +28,13 @@ def check_same_shape(loss: str, output: Tensor, target: Any) -> None:
             f"y has shape {got} but the network's output has {tuple(output.shape)}; {loss} needs the same shape "
             "(y.unsqueeze(1) for a single output)"
         )
+
+
+def check_floats(loss: str, target: Tensor) -> None:
+    """Refuse targets that are no floats.
+
+    Raises:
+        ValueError: If they are whole numbers or truth values.
+    """
+    if not target.is_floating_point():
+        raise ValueError(f"y has dtype {target.dtype}; {loss} needs floats: y.float()")

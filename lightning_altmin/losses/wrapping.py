@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from lightning_altmin.losses.base import LocalLoss, Loss
 from lightning_altmin.losses.by_autograd import CallableLoss, ModuleLoss
+from lightning_altmin.losses.class_labels import ClassLabelLoss
 from lightning_altmin.losses.cross_entropy import CrossEntropy
 from lightning_altmin.losses.mean_squared_error import MeanSquaredError
 
@@ -26,6 +27,9 @@ _FUNCTIONALS: dict[Any, type[nn.Module]] = {
     functional.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
 }
 """Functions that are taken as the modules of the same name, which know their reduction and check shapes."""
+
+_FORWARDS_OF_LABELS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, nn.MultiMarginLoss.forward)
+"""What these take for a label is known; a subclass with a forward of its own may take something else."""
 
 
 def local_loss(loss: Loss) -> LocalLoss:
@@ -46,7 +50,8 @@ def local_loss(loss: Loss) -> LocalLoss:
         return loss
     if isinstance(loss, type) or not callable(loss):
         raise TypeError(f"loss must be an instance of a loss module or a function, got {loss!r}")
-    loss = _FUNCTIONALS[loss]() if loss in _FUNCTIONALS else loss
+    # Compared one by one: a callable of the user's need not be hashable.
+    loss = next((module() for function, module in _FUNCTIONALS.items() if function is loss), loss)
     if not isinstance(loss, nn.Module):
         return CallableLoss(loss)
     if any(p.requires_grad for p in loss.parameters()):
@@ -63,4 +68,6 @@ def local_loss(loss: Loss) -> LocalLoss:
         return CrossEntropy(loss)
     if type(loss) is nn.MSELoss:
         return MeanSquaredError(loss)
+    if type(loss).forward in _FORWARDS_OF_LABELS:
+        return ClassLabelLoss(loss)
     return ModuleLoss(loss)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, AltMinObjective, CodedNetwork, GradientCodes, LocalGradient
+from lightning_altmin.losses import local_loss
 from tests.core.comparisons import assert_bit_equal
 
 SAMPLES, CLASSES = 6, 3
@@ -45,7 +46,16 @@ def failing_loss(output: Tensor, y: Any) -> Tensor:
     raise KeyError("the user's own")
 
 
-CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
+class SameForward(nn.CrossEntropyLoss):
+    pass
+
+
+class OwnForward(nn.CrossEntropyLoss):
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return super().forward(output, y)
+
+
+CE, MSE, BCE = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
 BAD: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "features": (CE, torch.randn(SAMPLES, 3), labels(), ValueError, r"stage '0'.*Linear\(4, 5\).*shape \(6, 3\)"),
     "x dtype": (CE, torch.ones(SAMPLES, 4, dtype=torch.long), labels(), ValueError, r"stage '0'.*torch.int64"),
@@ -59,8 +69,32 @@ BAD: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "label list": (CE, inputs(), [0, 1, 2, 0, 1, 2], TypeError, "tensor of targets, got list"),
     "target shape": (MSE, inputs(), torch.randn(SAMPLES), ValueError, r"y has shape \(6,\).*unsqueeze"),
     "target list": (MSE, inputs(), [0.0] * SAMPLES, ValueError, "y has shape list"),
-    "bce shape": (nn.BCEWithLogitsLoss(), inputs(), torch.rand(SAMPLES, 1), ValueError, "[Ss]ize"),
-    "nll label": (nn.NLLLoss(), inputs(), with_label(9), IndexError, "9"),
+    "target bool": (
+        MSE,
+        inputs(),
+        torch.ones(SAMPLES, CLASSES).bool(),
+        ValueError,
+        r"torch.bool; MSELoss needs floats",
+    ),
+    "bce shape": (BCE, inputs(), torch.rand(SAMPLES, 1), ValueError, r"y has shape \(6, 1\).*\(6, 3\)"),
+    "bce labels": (BCE, inputs(), torch.ones(SAMPLES, CLASSES).long(), ValueError, r"torch.int64; BCEWith.*y.float"),
+    "nll label": (nn.NLLLoss(), inputs(), with_label(9), ValueError, r"labels from . to 9.*0\.\.2"),
+    "nll floats": (
+        nn.NLLLoss(),
+        inputs(),
+        labels().float(),
+        ValueError,
+        "torch.float32 .* NLLLoss needs dtype torch.int64",
+    ),
+    "margin label": (nn.MultiMarginLoss(), inputs(), with_label(-100), ValueError, r"labels from -100 to .*0\.\.2"),
+    "subclass label": (SameForward(), inputs(), with_label(CLASSES), ValueError, r"labels from . to 3.*0\.\.2"),
+    "own forward": (
+        OwnForward(),
+        inputs(),
+        with_label(CLASSES),
+        ValueError,
+        r"OwnForward cannot take y \(torch.int64 .*3",
+    ),
     "loss of samples": (vector_loss, inputs(), labels(), ValueError, r"loss must return a scalar.*\(6,\)"),
     "failing loss": (failing_loss, inputs(), labels(), KeyError, "the user's own"),
     "one sample": (CE, torch.randn(1, 4), torch.tensor([0]), ValueError, "more than one sample|more than 1 value"),
@@ -73,9 +107,9 @@ def test_a_bad_batch_is_refused_and_changes_nothing(name: str, engine: str) -> N
     """Catches running statistics, counters, parameters, gradients or optimizer state touched before the refusal."""
     loss, x, y, error, message = BAD[name]
     core = AltMin(CodedNetwork(model(), engine), loss)
-    good = torch.randn(SAMPLES, CLASSES) if loss in (MSE,) or isinstance(loss, nn.BCEWithLogitsLoss) else labels()
+    good = torch.randn(SAMPLES, CLASSES) if loss in (MSE, BCE) else labels()
     if loss not in (vector_loss, failing_loss):
-        core.step(inputs(), good.sigmoid() if isinstance(loss, nn.BCEWithLogitsLoss) else good)
+        core.step(inputs(), good.sigmoid() if loss is BCE else good)
     before = copy.deepcopy((core.state_dict(), core.optimizer.state_dict(), core.batches_seen))
     with pytest.raises(error, match=message):
         core.step(x, y)
@@ -83,6 +117,38 @@ def test_a_bad_batch_is_refused_and_changes_nothing(name: str, engine: str) -> N
     assert_bit_equal(after, before)
     assert all(p.grad is None for p in core.network.parameters())
     assert all(m.training for m in core.network.modules())
+
+
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_class_weights_are_one_per_output(kind: Any) -> None:
+    """Catches weights of another data set, which torch refuses in words of its own and by no name."""
+    core = AltMin(model(), kind(torch.ones(CLASSES + 1)))
+    with pytest.raises(ValueError, match=r"has class weights of shape \(4,\), but the network has 3 outputs"):
+        core.step(inputs(), labels())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda output, y: 1.0, "loss must return a scalar tensor .* got float"),
+        (lambda output, y: None, "loss must return a scalar tensor .* got NoneType"),
+        (lambda output, y: output.detach().mean(), "without a gradient with respect to the output"),
+    ],
+)
+def test_a_loss_that_is_no_function_of_the_output_is_refused(loss: Any, message: str) -> None:
+    """Catches errors from inside autograd for a loss that returns a number or forgets where it came from."""
+    core = AltMin(model(), loss)
+    with pytest.raises(ValueError, match=message):
+        core.step(inputs(), labels())
+
+
+def test_errors_of_torchs_losses_in_the_backward_pass_are_named() -> None:
+    """Catches an error about dtypes that does not say whose: Huber's comes from its derivative only."""
+    ours = local_loss(nn.HuberLoss())
+    with pytest.raises(
+        ValueError, match=r"HuberLoss cannot take y \(torch.float64 \(6, 3\)\) for outputs .torch.float32"
+    ):
+        ours.mean_gradient(torch.randn(SAMPLES, CLASSES), torch.randn(SAMPLES, CLASSES).double())
 
 
 def test_an_early_batch_norm_is_put_back_when_a_later_one_refuses() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -218,6 +219,53 @@ def test_reductions_other_than_mean_are_refused() -> None:
             local_loss(nn.MSELoss(reduction=reduction))
     with pytest.raises(ValueError, match="reduction"):
         local_loss(nn.KLDivLoss(reduction="batchmean"))
+
+
+def test_a_callable_need_not_be_hashable() -> None:
+    """Catches a dataclass refused because its ``==`` takes its hash away."""
+
+    @dataclass
+    class Scaled:
+        scale: float
+
+        def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+            return self.scale * (out - y).square().mean()
+
+    out = torch.randn(4, 3)
+    torch.testing.assert_close(local_loss(Scaled(2.0)).mean(out, out + 1), torch.tensor(2.0))
+
+
+def test_labels_that_are_no_class_do_not_reach_a_kernel() -> None:
+    """Catches losses whose labels break a device: only cross-entropy's were looked at.
+
+    What a kernel is given instead takes no part (ignored), or is a class where a loss ignores none; the evidence
+    says that the batch is bad.
+    """
+    out, y = output().detach(), torch.tensor([0, 4, 5, -1, -100, 2, 3])
+    for loss, expected in (
+        (nn.NLLLoss(), [0, 4, -100, -100, -100, 2, 3]),
+        (nn.NLLLoss(ignore_index=5), [0, 4, 5, 5, 5, 2, 3]),
+        (nn.MultiMarginLoss(), [0, 4, 0, 0, 0, 2, 3]),
+    ):
+        ours = local_loss(loss)
+        assert ours.readable(out, y).tolist() == expected
+        assert [bool(e) for e in ours.evidence(out, y)] == [False]
+        assert [bool(e) for e in ours.evidence(out, y.clamp(0, 4))] == [True]
+    bytes_ = local_loss(nn.NLLLoss()).readable(out, torch.tensor([0, 4, 5, 255, 200, 2, 3], dtype=torch.uint8))
+    assert bytes_.tolist() == [0, 4, -100, -100, -100, 2, 3]
+
+
+def test_a_forward_of_ones_own_may_take_other_labels() -> None:
+    """Catches labels refused that a subclass makes classes of."""
+
+    class FromOne(nn.CrossEntropyLoss):
+        def forward(self, out: Tensor, y: Tensor) -> Tensor:
+            return super().forward(out, y - 1)
+
+    out, y = output().detach(), torch.randint(1, CLASSES + 1, (SAMPLES,))
+    ours = local_loss(FromOne())
+    ours.check(out, y)
+    torch.testing.assert_close(ours.mean(out, y), functional.cross_entropy(out, y - 1))
 
 
 def test_what_is_no_loss_is_refused() -> None:
