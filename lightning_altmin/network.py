@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_altmin.engines import SharedSamples, block_buffers, has_own_forward, runs_more_than_its_type
 from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
-from lightning_altmin.tracing import TracedBlock, UntraceableError, trace
+from lightning_altmin.traced_block import TracedBlock
+from lightning_altmin.tracing import UntraceableError, trace
 
 if TYPE_CHECKING:
     from lightning_altmin.codes import CodeProblem, CodeSolver

@@ -20,7 +20,7 @@ from lightning_altmin.engines import (
 from lightning_altmin.engines.batch_norm_state import batch_norms
 from lightning_altmin.margins import MarginLoss
 from lightning_altmin.processes import ProcessLostError
-from lightning_altmin.tracing import TracedBlock
+from lightning_altmin.traced_block import TracedBlock
 
 BatchNormInCodeStep = Literal["fixed", "live"]
 

@@ -9,15 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional
 
-from lightning_altmin.engines import has_own_forward
+from lightning_altmin.traced_block import (
+    ROOT,
+    TracedBlock,
+    attribute,
+    body_of,
+    computed_without_input,
+    first_layer,
+    is_of_numbers,
+    operation,
+    stripped,
+)
 
-_ROOT = "network"
 _CHECKS = (operator.eq, operator.ne, operator.gt, operator.ge, operator.lt, operator.le, getattr)
-_CHECK_METHODS = ("dim", "size")
-_NOT_LAYERS = (nn.PReLU, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
@@ -33,26 +40,6 @@ class Piece:
     name: str
     module: nn.Module
     reason: str = ""
-
-
-class TracedBlock(nn.Module):
-    """Operations of a traced forward that cannot be cut apart, as one module over the user's own modules.
-
-    Attributes:
-        label: Names of the operations, in order.
-        has_layer: Whether one of them is a layer; parameters that are only added or multiplied make none.
-    """
-
-    def __init__(self, body: fx.GraphModule, label: str) -> None:
-        super().__init__()
-        self.body = body
-        self.label = label
-        used = [body.get_submodule(str(node.target)) for node in body.graph.nodes if node.op == "call_module"]
-        self.has_layer = any(not isinstance(m, _NOT_LAYERS) and any(True for _ in m.parameters()) for m in used)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.body(x)
-        return output
 
 
 class UntraceableError(Exception):
@@ -81,6 +68,7 @@ def trace(network: nn.Module, kept: Callable[[str, nn.Module], bool]) -> list[Pi
     except Exception as error:  # whatever the user's forward does with what is not a tensor
         raise UntraceableError(f"its forward cannot be traced: {_first_line(error)}") from error
     _drop_checks(graph)
+    _compute_where_read(graph)
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(result, fx.Node):
         raise UntraceableError(f"its forward returns a {type(result).__name__} and not one tensor")
@@ -92,20 +80,22 @@ class _Root(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.add_module(_ROOT, network)
+        self.add_module(ROOT, network)
 
     def forward(self, x: Any) -> Any:
-        return self.get_submodule(_ROOT)(x)
+        return self.get_submodule(ROOT)(x)
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what is computed from a buffer is computed anew at every call, not once
+
     def __init__(self, kept: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
         self._kept = kept
         self.reasons: dict[str, str] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        name = _stripped(module_qualified_name)
+        name = stripped(module_qualified_name)
         if name and self._kept(name, m):
             self.reasons[name] = "kept whole, as asked for"
             return True
@@ -118,6 +108,8 @@ class _Tracer(fx.Tracer):
 
 class _OpensOne(fx.Tracer):
     """Traces one module's own forward; the modules in it stay calls."""
+
+    proxy_buffer_attributes = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -133,38 +125,60 @@ def _closed(module: nn.Module) -> str:
         return "it is a module of torch.nn"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks"
-    training, codes = module.training, []
+    training, codes, constants = module.training, [], []
     tracer = _OpensOne(module)
-    root = _Root(module) if has_own_forward(module) else module  # a tracer begins with the forward of the root's type
     try:
         for mode in (True, False):
             module.training = mode
+            root = _Root(module)  # a tracer begins with the forward of the root's type, and leaves tensors in the root
             graph = tracer.trace(root)
             codes.append(str(graph))
+            constants.append([getattr(root, name) for name in _left_in_root(graph)])
     except Exception as error:  # as above
         return f"its forward cannot be traced: {_first_line(error)}"
     finally:
         module.training = training
-    return "" if codes[0] == codes[1] else "its forward depends on the training mode"
+    if codes[0] != codes[1]:
+        return "its forward depends on the training mode"
+    if any(first is not second for first, second in zip(*constants, strict=True)):
+        return "its forward makes a tensor without reading its input or a buffer"
+    return "its forward changes a buffer" if _changes_attributes(graph) else ""
+
+
+def _left_in_root(graph: fx.Graph) -> list[str]:
+    """Tensors that a trace found ready made: global ones, which the next trace finds too, and those it has made."""
+    return [str(node.target) for node in graph.nodes if node.op == "get_attr" and "." not in str(node.target)]
+
+
+def _changes_attributes(graph: fx.Graph) -> bool:
+    attributes = computed_without_input(list(graph.nodes)) | set(graph.find_nodes(op="get_attr"))
+    return any(
+        node.kwargs.get("out") in attributes
+        or (node.op == "call_method" and str(node.target).endswith("_") and node.args[0] in attributes)
+        for node in graph.nodes
+    )
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _stripped(name: str) -> str:
-    return name.removeprefix(_ROOT).removeprefix(".")
-
-
 def _drop_checks(graph: fx.Graph) -> None:
     """Remove assertions on shapes and what only they read; a stage refuses a wrong shape itself."""
     for node in reversed(list(graph.nodes)):
-        reads_shape = node.target in _CHECKS or (node.op, node.target) in _METHOD_CHECKS
+        reads_shape = node.target in _CHECKS or is_of_numbers(node)
         if node.target is torch._assert or (reads_shape and not node.users):
             graph.erase_node(node)
 
 
-_METHOD_CHECKS = {("call_method", name) for name in _CHECK_METHODS}
+def _compute_where_read(graph: fx.Graph) -> None:
+    """Move what is computed from parameters and buffers alone to what reads it first: there is no cut between."""
+    nodes = list(graph.nodes)
+    without_input = computed_without_input(nodes)
+    for node in reversed(nodes):
+        if node.users and node in without_input:
+            position = {other: index for index, other in enumerate(graph.nodes)}
+            min(node.users, key=position.__getitem__).prepend(node)
 
 
 def _pieces(root: nn.Module, graph: fx.Graph, reasons: dict[str, str]) -> Iterator[Piece]:
@@ -198,7 +212,7 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
 def _is_taken_apart(node: fx.Node) -> bool:
     """Whether its result is a tuple or a number, judged by how it is read."""
     reads_part = any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
-    return reads_part or node.target is getattr or (node.op, node.target) in _METHOD_CHECKS
+    return reads_part or is_of_numbers(node)
 
 
 def _uncut_where_tied(root: nn.Module, groups: list[list[fx.Node]]) -> tuple[list[list[fx.Node]], set[fx.Node]]:
@@ -223,59 +237,54 @@ def _parameters(root: nn.Module, group: Sequence[fx.Node]) -> Iterator[nn.Parame
     for node in group:
         if node.op == "call_module":
             yield from root.get_submodule(str(node.target)).parameters()
-        for attribute in node.all_input_nodes:
-            if attribute.op == "get_attr" and isinstance(
-                value := _attribute(root, str(attribute.target)), nn.Parameter
-            ):
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and isinstance(value := attribute(root, source), nn.Parameter):
                 yield value
 
 
-def _attribute(root: nn.Module, name: str) -> Any:
-    return operator.attrgetter(name)(root)
-
-
 def _piece(root: nn.Module, inputs: fx.Node, group: list[fx.Node], reasons: dict[str, str], tied: bool) -> Piece:
-    names = [_stripped(str(node.target)) for node in group if node.op == "call_module"]
+    names = [stripped(str(node.target)) for node in group if node.op == "call_module"]
     kept = "; ".join(
         f"{name}: {reasons[name]}" if len(group) > 1 else reasons[name] for name in names if name in reasons
     )
     if len(group) == 1 and (module := _as_module(root, inputs, group[0])) is not None:
         return Piece(names[0] if names else group[0].name, module, kept)
-    block = TracedBlock(_graph_module(root, inputs, group), "-".join(map(_operation, _tensors(group))))
+    layer = first_layer(root, group)
+    block = TracedBlock(body_of(root, inputs, group), "-".join(map(operation, _tensors(group))), layer)
     why = []
     if any(True for _ in block.parameters()):
         why = ["its parts share a parameter"] if tied else _skips(inputs, group)
-    return Piece(_common_name(names) or group[0].name, block, "; ".join([*why, *([kept] if kept else [])]))
+    name = _common_name([*names, layer] if layer and layer not in names else names)
+    return Piece(name or layer or group[0].name, block, "; ".join([*why, *([kept] if kept else [])]))
 
 
 def _skips(inputs: fx.Node, group: Sequence[fx.Node]) -> list[str]:
-    """What keeps the operations of a group together: results that are read more than once."""
-    inside = set(_tensors(group))
+    """What keeps the operations of a group together: results that are read more than once, or in parts."""
+    inside = _tensors(group)
+    if len(set(inside) - computed_without_input(group)) < 2:
+        return []  # it is one operation
     found = []
     for source in (inputs, *group):
         readers = [user for user in source.users if user in inside]
         if len(readers) > 1:
-            by = " and ".join(_operation(reader) for reader in readers)
-            found.append(f"{'its input' if source is inputs else _operation(source)} is read by {by}")
-    return found or ["a shape is read from its input"]
+            by = " and ".join(operation(reader) for reader in readers)
+            found.append(f"{'its input' if source is inputs else operation(source)} is read by {by}")
+    if not found and any(is_of_numbers(node) for node in group):
+        return ["a shape is read from its input"]
+    return found or [f"{operation(node)} returns several values" for node in inside if _is_taken_apart(node)]
 
 
 def _tensors(group: Sequence[fx.Node]) -> list[fx.Node]:
     """The operations of a group on tensors: without those on shapes, and the parts of tuples."""
     numbers: set[fx.Node] = set()
+    parts: set[fx.Node] = set()
     for node in group:
         reads = node.all_input_nodes
-        takes_part = node.target is operator.getitem and isinstance(node.args[1], int)
-        of_numbers = bool(reads) and numbers.issuperset(reads)
-        if takes_part or of_numbers or node.target is getattr or (node.op, node.target) in _METHOD_CHECKS:
+        if is_of_numbers(node) or (reads and numbers.issuperset(reads)):
             numbers.add(node)
-    return [node for node in group if node not in numbers]
-
-
-def _operation(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return _stripped(str(node.target)).rpartition(".")[2]
-    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
+        elif node.target is operator.getitem and isinstance(node.args[1], int):
+            parts.add(node)
+    return [node for node in group if node not in numbers | parts]
 
 
 def _common_name(names: Sequence[str]) -> str:
@@ -288,22 +297,6 @@ def _common_name(names: Sequence[str]) -> str:
             break
         common.append(level[0])
     return ".".join(common)
-
-
-def _graph_module(root: nn.Module, inputs: fx.Node, group: Sequence[fx.Node]) -> fx.GraphModule:
-    """The operations of a group as a function of the value that it reads."""
-    graph = fx.Graph()
-    copies = {inputs: graph.placeholder("x")}
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a parameter or buffer: read where it is used
-            copies[node] = graph.get_attr(str(node.target))
-        return copies[node]
-
-    for node in group:
-        copies[node] = graph.node_copy(node, copied)
-    graph.output(copies[group[-1]])
-    return fx.GraphModule(root, graph)
 
 
 def _as_module(root: nn.Module, inputs: fx.Node, node: fx.Node) -> nn.Module | None:
@@ -358,17 +351,8 @@ def _named(pieces: list[Piece]) -> list[Piece]:
     """Two pieces of one module are told apart by their first layer."""
     counts = Counter(piece.name for piece in pieces)
     return [
-        Piece(_first_layer(p.module) or p.name, p.module, p.reason)
+        Piece(p.module.layer or p.name, p.module, p.reason)
         if counts[p.name] > 1 and isinstance(p.module, TracedBlock)
         else p
         for p in pieces
     ]
-
-
-def _first_layer(block: TracedBlock) -> str:
-    for node in block.body.graph.nodes:
-        if node.op == "call_module":
-            module = block.body.get_submodule(str(node.target))
-            if not isinstance(module, _NOT_LAYERS) and any(True for _ in module.parameters()):
-                return _stripped(str(node.target))
-    return ""
