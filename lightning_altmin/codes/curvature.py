@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 _DECAY = 0.8  # of the estimate per measurement where the curvature falls; where it rises, the rise counts at once
@@ -53,8 +54,7 @@ class CurvatureCodes(CodeSolver):
         if not 0 < share <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share}")
         for name, value in (("steps", steps), ("every", every)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+            check_count(name, value)
         self.share = share
         self.steps = steps
         self.every = every

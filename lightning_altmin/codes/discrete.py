@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 from lightning_altmin.codes.curvature import CurvatureCodes
 from lightning_altmin.engines import StageEngine, has_closed_form, stage_engine
@@ -53,9 +54,8 @@ class DiscreteCodes(CodeSolver):
 
     def __init__(self, flips: int = 0, rounds: int = 1, margin: float = 1.0, smooth: CodeSolver | None = None) -> None:
         super().__init__()
-        for name, value, least in (("flips", flips, 0), ("rounds", rounds, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value}")
+        check_count("flips", flips, 0)
+        check_count("rounds", rounds)
         if not (math.isfinite(margin) and margin > 0):
             raise ValueError(f"margin must be a positive number, got {margin}")
         if smooth is not None and not isinstance(smooth, CodeSolver):
@@ -89,6 +89,11 @@ class DiscreteCodes(CodeSolver):
         for index, stage in enumerate(stages):
             if found[index]:
                 self._check_stage(stage, is_first=index == 0)
+                if stage.engine.kind != "closed_form":
+                    raise ValueError(
+                        f"codes=DiscreteCodes needs closed forms, and stage {stage.name!r} has engine="
+                        f"{stage.engine.kind!r}; use CodedNetwork(engine='auto')"
+                    )
         self._readers = {
             level: stage_engine(stage.modules[1:], "closed_form")
             for level, stage in enumerate(stages[1:])

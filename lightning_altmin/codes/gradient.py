@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 
@@ -45,8 +46,7 @@ class GradientCodes(CodeSolver):
         tol: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer >= 1, got {steps}")
+        check_count("steps", steps)
         if not (math.isfinite(lr) and lr > 0):
             raise ValueError(f"lr must be a positive number, got {lr}")
         if not 0 <= momentum < 1:

@@ -54,13 +54,21 @@ class LeastSquaresCodes(CodeSolver):
         self.weight = weight
 
     def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
-        """Refuse an l1 term of the codes, and stages above a code that are not an activation followed by one Linear.
+        """Refuse what two least-squares problems cannot serve.
+
+        That is an l1 term of the codes, a coupling that is not the squared distance, and stages above a code that are
+        not an activation followed by one Linear.
 
         Raises:
-            ValueError: If there is such a term or stage.
+            ValueError: If there is such a term, coupling or stage.
         """
         if objective.lambda_c > 0:
             raise ValueError(f"codes=LeastSquaresCodes has no l1 term: lambda_c={objective.lambda_c:g} must be 0")
+        if not objective.couples_by_squares:
+            raise ValueError(
+                f"codes=LeastSquaresCodes meets the code above by least squares, and {type(objective).__name__} has a "
+                "code_coupling_gradient of its own, which it would not follow; use CurvatureCodes()"
+            )
         for stage in stages[1:]:
             activations = [m for m in stage.transfer if not isinstance(m, _RESHAPES)]
             odd = [m for m in activations if not is_invertible(m)] + activations[1:]

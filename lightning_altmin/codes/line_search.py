@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 
@@ -34,8 +35,7 @@ class LineSearchCodes(CodeSolver):
 
     def __init__(self, steps: int = 1, relaxation: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer >= 1, got {steps}")
+        check_count("steps", steps)
         if not 0 < relaxation <= 1:
             raise ValueError(f"relaxation must lie in (0, 1], got {relaxation}")
         self.steps = steps

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 
@@ -35,8 +36,7 @@ class ProximalCodes(CodeSolver):
 
     def __init__(self, steps: int = 10, lr: float = 0.2, accelerated: bool = True) -> None:
         super().__init__()
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer >= 1, got {steps}")
+        check_count("steps", steps)
         if not (math.isfinite(lr) and lr > 0):
             raise ValueError(f"lr must be a positive number, got {lr}")
         self.steps = steps

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_count
+
 _MOST_BITS = 16
 
 
@@ -34,14 +36,19 @@ class Staircase(nn.Module):
                 raise ValueError(
                     f"{name} must be a {'positive' if name in ('rise', 'gap') else 'finite'} number, got {number}"
                 )
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer >= 1, got {steps}")
+        check_count("steps", steps)
         self.low, self.rise, self.first, self.gap, self.steps = low, rise, first, gap, steps
 
     def level(self, x: Tensor) -> Tensor:
         """How many thresholds ``x`` has reached, 0 to ``steps``, as floats; NaN stays NaN."""
         # floor has the derivative zero for autograd, too; a comparison would leave no graph at all
-        return (torch.floor((x - self.first) / self.gap) + 1).clamp(0, self.steps)
+        if self.steps == 1 and x.dtype == _wide(x).dtype:  # a difference has the right sign, however it is rounded
+            return (torch.floor(x - self.first) + 1).clamp(0, 1)
+        near = (torch.floor((_wide(x) - self.first) / self.gap) + 1).clamp(0, self.steps)
+        # The quotient is rounded otherwise than the thresholds, and may miss a level by one: they have the last word.
+        reached = x >= self.threshold(near + 1).to(x.dtype)
+        missed = x < self.threshold(near).to(x.dtype)
+        return (near + reached.to(near.dtype) - missed.to(near.dtype)).clamp(0, self.steps).to(x.dtype)
 
     def value(self, level: Tensor) -> Tensor:
         """The output at a level."""
@@ -49,10 +56,15 @@ class Staircase(nn.Module):
 
     def threshold(self, level: Tensor) -> Tensor:
         """The threshold below a level from 1 to ``steps``."""
-        return (level - 1) * self.gap + self.first
+        return ((_wide(level) - 1) * self.gap + self.first).to(level.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value(self.level(x))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In single precision at least: a level above 256 is no bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Sign(Staircase):

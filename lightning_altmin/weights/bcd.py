@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
+
 _BLOCK = 32  # columns between two products with all of A
 _FLOOR = 1e-10  # added to the diagonal, as the released code does: a column without data stays as it is
 
@@ -43,8 +45,7 @@ def bcd(W: Tensor, A: Tensor, B: Tensor, lambda_w: float = 0.0, sweeps: int = 1,
         )
     if not (math.isfinite(lambda_w) and lambda_w >= 0):
         raise ValueError(f"lambda_w must be a number >= 0, got {lambda_w}")
-    if not isinstance(sweeps, int) or sweeps < 1:
-        raise ValueError(f"sweeps must be an integer >= 1, got {sweeps}")
+    check_count("sweeps", sweeps)
     for _ in range(sweeps):
         W = _sweep(W, A, B) if lambda_w == 0 else _shrinking_sweep(W, A, B, lambda_w, bias)
     return W

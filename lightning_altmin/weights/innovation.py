@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.diagonal_statistics import DiagonalStatistics
@@ -54,8 +55,8 @@ class InnovationForm(MemoryForm[Preconditioner]):
             raise ValueError(f"positions must be 'root' or 'mean', got {positions!r}")
         if not limit > 0:
             raise ValueError(f"limit must be a positive number, or math.inf for no bound, got {limit}")
-        if rank is not None and (not isinstance(rank, int) or rank < 0):
-            raise ValueError(f"rank must be an integer >= 0, got {rank}")
+        if rank is not None:
+            check_count("rank", rank, 0)
         self._ridge = in_range("ridge", ridge, 0.1, 10, low_is_allowed=True)
         self._step = in_range("step", step, 0, 1)
         self._limit, self._rank = limit, rank

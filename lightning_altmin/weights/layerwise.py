@@ -66,6 +66,12 @@ class LayerwiseWeights(WeightSolver):
         names = {stage.name for stage in stages}
         if unknown := set(self._names) - names - {OUTPUT, DEFAULT}:
             raise ValueError(f"solvers names unknown stages {sorted(unknown)}; the network has {sorted(names)}")
+        served = {id(self._solver(stage)) for stage in stages}
+        idle = [n for n, solver in zip(self._names, self._solvers, strict=True) if id(solver) not in served]
+        if OUTPUT in idle:
+            raise ValueError(
+                f"solvers names the last stage twice, as {stages[-1].name!r} and as {OUTPUT!r}; leave one of them out"
+            )
         children = {}
         for name, solver in zip(self._names, self._solvers, strict=True):
             own = [stage for stage in stages if self._solver(stage) is solver]

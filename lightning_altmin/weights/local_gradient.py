@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.engines import Gradients
 from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.stage import Stage
@@ -51,8 +52,7 @@ class LocalGradient(WeightSolver):
         inputs: Inputs = "moved",
     ) -> None:
         super().__init__()
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer >= 1, got {steps}")
+        check_count("steps", steps)
         if inputs not in ("moved", "forward"):
             raise ValueError(f"inputs must be 'moved' or 'forward', got {inputs!r}")
         factories = optimizer.values() if isinstance(optimizer, Mapping) else [optimizer]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
@@ -46,8 +47,7 @@ class MemoryForm(ABC, Generic[Kept]):
     """Whether a direction leads to weights that were solved for."""
 
     def __init__(self, forgetting: float, every: int) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer >= 1, got {every}")
+        check_count("every", every)
         self.forgetting = in_range("forgetting", forgetting, 0, 1)
         self.every = every
 

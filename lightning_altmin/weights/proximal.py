@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_altmin.engines import Gradients
@@ -121,9 +121,10 @@ class ProximalWeights(LocalGradient):
     ) -> None:
         super().__init__(optimizer, steps, inputs)
         self._lambda_w = 0.0
+        self._layers: list[nn.Module] = []  # of the model that this belongs to; in a list: not registered
 
     def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
-        """Refuse an objective without an l1 term of the weights, or with another one.
+        """Refuse an objective without an l1 term of the weights, or with another one, and a second model.
 
         Raises:
             ValueError: If that is so.
@@ -136,7 +137,10 @@ class ProximalWeights(LocalGradient):
             raise ValueError(
                 f"weights=ProximalWeights knows the l1 term of AltMinObjective, not that of {type(objective).__name__}"
             )
-        self._lambda_w = objective.lambda_w
+        layers = [stage.affine[0] for stage in stages]
+        if self._layers and list(map(id, self._layers)) != list(map(id, layers)):
+            raise ValueError("weights: this ProximalWeights belongs to another model; make one for each")
+        self._layers, self._lambda_w = layers, objective.lambda_w
 
     def optimizer(self, stages: Sequence[Stage]) -> Optimizer:
         optimizer = super().optimizer(stages)

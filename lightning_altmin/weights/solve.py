@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.losses import CrossEntropy
 from lightning_altmin.objective import AltMinObjective, ReferenceObjective
 from lightning_altmin.stage import Stage
@@ -88,8 +89,8 @@ class SolveForm(MemoryForm[Sums]):
         super().__init__(forgetting, every)
         if solver not in EQUATIONS:
             raise ValueError(f"solver must be 'cholesky' or 'bcd', got {solver!r}")
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ValueError(f"window must be an integer >= 1, got {window}")
+        if window is not None:
+            check_count("window", window)
         if storage not in ("full", "triangle", "single"):
             raise ValueError(f"storage must be 'full', 'triangle' or 'single', got {storage!r}")
         if window is not None and storage != "full":

@@ -79,6 +79,10 @@ def test_solvers_that_need_a_derivative_refuse(codes: CodeSolver) -> None:
             lambda: AltMin(CodedNetwork(network(), batch_norm="live"), nn.CrossEntropyLoss(), codes=DiscreteCodes()),
             "batch_norm='fixed'",
         ),
+        (
+            lambda: AltMin(CodedNetwork(network(), engine="autograd"), nn.CrossEntropyLoss(), codes=DiscreteCodes()),
+            r"has engine='autograd'; use CodedNetwork\(engine='auto'\)",
+        ),
         (lambda: DiscreteCodes(flips=-1), "flips must be an integer >= 0"),
         (lambda: DiscreteCodes(rounds=0), "rounds must be an integer >= 1"),
         (lambda: DiscreteCodes(margin=0.0), "margin must be a positive number"),

@@ -178,6 +178,8 @@ def test_what_it_cannot_solve_is_refused_by_name() -> None:
             AltMin(module, nn.CrossEntropyLoss(), codes=LeastSquaresCodes())
     with pytest.raises(ValueError, match=r"lambda_c=0\.1 must be 0"):
         AltMin(MLP(8, [6], 3), nn.CrossEntropyLoss(), AltMinObjective(lambda_c=0.1), LeastSquaresCodes())
+    with pytest.raises(ValueError, match="ReferenceObjective has a code_coupling_gradient of its own"):
+        AltMin(MLP(8, [6], 3), nn.CrossEntropyLoss(), AltMinObjective.reference(), LeastSquaresCodes())
 
 
 @pytest.mark.parametrize("arguments", [{"damping": 0.0}, {"weight": -1.0}, {"weight": float("nan")}])

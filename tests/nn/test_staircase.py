@@ -47,6 +47,21 @@ def test_quantise_rounds_to_the_nearest_value(bits: int, low: float, width: floa
     assert abs(got - x) <= min(abs(g - x) for g in grid) + 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 2, 4, 5, 8])
+def test_levels_and_thresholds_agree_to_the_last_bit(bits: int, dtype: torch.dtype) -> None:
+    """Catches levels found by a division that is rounded otherwise than the thresholds.
+
+    By definition the level is the number of thresholds reached, so counting them is the oracle: at each threshold, and
+    at the next number below it. (In 16 bits some thresholds are one number, and are reached together.)
+    """
+    modules = [Quantise(bits, low, high) for low, high in ((-1.0, 1.0), (0.0, 1.0), (-0.3, 2.7))]
+    for module in (*modules, Sign(), Heaviside(0.1), HardThreshold(0.1)):
+        thresholds = module.threshold(torch.arange(1, module.steps + 1, dtype=dtype))
+        points = torch.cat([thresholds, thresholds.nextafter(torch.full_like(thresholds, -math.inf))])
+        assert torch.equal(module.level(points), (points.unsqueeze(1) >= thresholds).sum(1).to(dtype))
+
+
 @pytest.mark.parametrize("module", [Sign(), Heaviside(0.3), HardThreshold(), Quantise(3)])
 def test_the_gradient_is_zero_and_nan_stays(module: nn.Module) -> None:
     """Catches a surrogate gradient, a graph that ends with an error, and a NaN that becomes a valid value."""

@@ -45,9 +45,14 @@ def test_solvers_per_layer() -> None:
         ({"0": LocalGradient(steps=2), "default": LocalGradient()}, ValueError, "same number of weight steps"),
         ({"9": LocalGradient(), "default": CoactivationMemory()}, ValueError, r"unknown stages \['9'\]"),
         ({"0": LocalGradient()}, ValueError, "gives nothing for stage '2'"),
+        (
+            {"4": LocalGradient(), "output": LocalGradient(), "default": CoactivationMemory()},
+            ValueError,
+            "names the last stage twice, as '4' and as 'output'",
+        ),
     ],
 )
 def test_bad_solvers_per_layer_are_named(solvers: Any, error: type[Exception], message: str) -> None:
-    """Catches a layer without a solver, and a solver without a layer."""
+    """Catches a layer without a solver, and a solver without a layer: of two for one layer, one would do nothing."""
     with pytest.raises(error, match=message):
         AltMin(mlp(), nn.CrossEntropyLoss(), weights=LayerwiseWeights(solvers))

@@ -166,3 +166,13 @@ def test_what_it_cannot_do_is_refused(make: Any, error: type[Exception], message
     """Catches a run that is not sparse without a word."""
     with pytest.raises(error, match=message):
         make(problem()[0])
+
+
+def test_one_solver_serves_one_model() -> None:
+    """Catches a threshold of another model's ``lambda_w``: a solver keeps one, that of the model made last."""
+    shared, network = ProximalWeights(), problem()[0]
+    core_of(network, shared, lambda_w=0.1)
+    with pytest.raises(ValueError, match="this ProximalWeights belongs to another model; make one for each"):
+        core_of(problem()[0], shared, lambda_w=0.9)
+    again = core_of(network, shared, lambda_w=0.2)  # the same network: a model made anew
+    assert {group["lambda_w"] for group in again.optimizer.param_groups} == {0.2}
