@@ -190,6 +190,25 @@ def test_a_closure_is_evaluated_once() -> None:
     assert all(torch.equal(p.detach(), torch.zeros_like(p)) for p in parameters)
 
 
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "CyclicLR"])
+def test_schedules_of_momentum_find_it_in_the_children(schedule: str) -> None:
+    """Catches per-layer optimizers that seem to have no momentum: the schedule starts every group at the momentum it
+    was told to, whichever child the group belongs to; where a child has none, it is refused as torch refuses it.
+    """
+    p, q = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    make: Any = getattr(torch.optim.lr_scheduler, schedule)
+    bounds = {"max_lr": 1.0, "max_momentum": 0.7, "base_momentum": 0.5}
+    bounds |= {"total_steps": 9} if schedule == "OneCycleLR" else {"base_lr": 0.1}
+    adams = LayerwiseOptimizer({"a": Adam([p], lr=0.1), "b": Adam([q], lr=0.2, betas=(0.5, 0.9))})
+    make(adams, **bounds)
+    assert [group["betas"][0] for group in adams.param_groups] == [0.7, 0.7]
+    moved = LayerwiseOptimizer({"a": SGD([p], lr=0.1, momentum=0.9), "b": SGD([q], lr=0.2, momentum=0.1)})
+    make(moved, **bounds)
+    assert [group["momentum"] for group in moved.param_groups] == [0.7, 0.7]
+    with pytest.raises(ValueError, match="must support momentum"):
+        make(LayerwiseOptimizer({"a": SGD([p], lr=0.1, momentum=0.9), "b": Adam([q], lr=0.2)}), **bounds)
+
+
 def test_children_are_checked() -> None:
     """Catches a parameter stepped twice, an empty composite, and a group whose optimizer nobody knows."""
     p, q = (nn.Parameter(torch.ones(1)) for _ in range(2))

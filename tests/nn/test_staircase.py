@@ -128,3 +128,65 @@ def test_integers_predict_what_exact_arithmetic_does(activation: type[nn.Module]
     assert (
         float((weights - network[1].weight.detach()).abs().max()) <= float(network[1].weight.detach().abs().max()) / 31
     )
+
+
+def _one_sum(weights: list[float], threshold: float) -> nn.Sequential:
+    """One hidden unit that reads all pixels; the prediction is 1 where its sum reaches the threshold, or else 0."""
+    network = nn.Sequential(nn.Linear(len(weights), 1, bias=False), Heaviside(threshold), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([weights], dtype=torch.float64))
+        network[2].weight.copy_(torch.tensor([[0.0], [1.0]], dtype=torch.float64))
+        network[2].bias.copy_(torch.tensor([0.5, 0.0], dtype=torch.float64))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("weights", "threshold", "pixel", "dtype", "expected"),
+    [
+        ([1.0] * 784, 0.0, 255, torch.uint8, 1),  # 784 * 255 * 2^14 = 1.5 * 2^31, negative in 32 bits
+        ([-1.0] * 784, 0.0, 255, torch.uint8, 0),
+        ([1.0] * 784, 1e300, 255, torch.uint8, 0),  # a threshold beyond 64 bits
+        ([1.0] * 784, -1e300, 255, torch.uint8, 1),
+        ([1.0, 1.0], 2.0**33, 2**32, torch.int64, 1),  # of such a pixel the lower 32 bits are zero
+        ([1.0, 1.0], 2.0**33, 2**32 - 1, torch.int64, 0),
+        ([1.0, 1.0], 2.0**32, 2**31, torch.uint32, 1),
+    ],
+)
+def test_sums_have_room(weights: list[float], threshold: float, pixel: int, dtype: torch.dtype, expected: int) -> None:
+    """Catches sums, thresholds and pixels that come round to the other sign; what is right is whether the weights' sum
+    times the pixel reaches the threshold, in exact integers.
+    """
+    assert expected == int(int(sum(weights)) * pixel >= threshold)
+    integer = IntegerNetwork(_one_sum(weights, threshold), bits=16)
+    pixels = torch.full((1, len(weights)), pixel, dtype=torch.int64).to(dtype)
+    assert integer.predict(pixels).tolist() == [expected]
+
+
+def test_what_64_bits_do_not_hold_is_refused() -> None:
+    """Catches a prediction made of sums that came round."""
+    integer = IntegerNetwork(_one_sum([1.0, 1.0], 0.0), bits=16)
+    most = (2**61 - 1) // 2**15  # two weights of 2^14 steps each
+    assert integer.predict(torch.tensor([[most, -most]])).tolist() == [1]
+    with pytest.raises(ValueError, match=f"pixels must lie between -{most} and {most}.*got {most + 1}"):
+        integer.predict(torch.tensor([[0, -most - 1]]))
+    with pytest.raises(ValueError, match=r"pixels must be integers, got torch\.uint64"):
+        integer.predict(torch.zeros(1, 2, dtype=torch.uint64))
+    assert integer.predict(torch.zeros(0, 2, dtype=torch.uint8)).shape == (0,)
+    tiny = _one_sum([1.0], 0.0)
+    with torch.no_grad():
+        tiny[2].weight.mul_(1e-30)
+    with pytest.raises(ValueError, match=r"its bias, is .* does not fit 64 bits"):
+        IntegerNetwork(tiny)
+
+
+def test_levels_that_64_bits_do_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a wide output layer whose sums come round, here where numbers end much earlier: 65535 levels times a
+    weight of 2^6 steps times the fraction 2^16 of a step are just below 2^38, with a weight of 2^14 below 2^46.
+    """
+    monkeypatch.setattr("lightning_altmin.nn.integer._MOST", 2**38)
+    network = nn.Sequential(nn.Linear(2, 1), Quantise(16, 0.0, 1.0), nn.Linear(1, 2, bias=False))
+    with torch.no_grad():
+        network[2].weight.fill_(1.0)
+    IntegerNetwork(network, bits=8)
+    with pytest.raises(ValueError, match=r"bits=16 and 65535 steps of the last staircase"):
+        IntegerNetwork(network, bits=16)
