@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,13 +107,15 @@ def _named(path: Path) -> Iterator[None]:
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read as CSV: {error}") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        file = path if error.filename is None else os.fsdecode(error.filename)
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def _event_curves(folder: Path) -> dict[str, Curve]:
     accumulator = import_extra("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    with _named(folder):
+        events.Reload()
     return {
         name: [(event.step, event.value) for event in events.Scalars(name)]
         for name in events.Tags()["scalars"]

@@ -161,6 +161,7 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
             lambda folder: bad_file(folder, b"step,loss\n0," + b"1" * 200_000),
             "metrics.csv cannot be read as CSV: field",
         ),
+        (lambda folder: bad_folder(folder, "events.out.tfevents.1"), "tfevents.1 cannot be read: Is a directory"),
         (lambda folder: bad_folder(folder, "metrics.csv"), "metrics.csv cannot be read: Is a directory"),
         (lambda folder: bad_folder(bad_file(folder, b""), "hparams.yaml"), "hparams.yaml cannot be read: Is a dir"),
         (
