@@ -144,11 +144,11 @@ class AltMin(nn.Module):
         """Phase 1: the forward pass sets the codes. Running statistics and the random state advance here only."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor of inputs, shape (batch, *features), got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[0] == 0:
+            raise ValueError(f"the batch is empty: x must have shape (batch, *features), got {tuple(x.shape)}")
         if not self.split_verified:
             self.coded.verify_split(x)
             self.split_verified = True
-        if x.shape[0] == 0:
-            raise ValueError(f"the batch is empty: x has shape {tuple(x.shape)}")
         self.processes.begin(self)
         number, buffers = self.batches_seen, Buffers(self.buffer_owners)
         run = self.run_encode if self.compiled is None else self.compiled

@@ -263,7 +263,8 @@ def held_out(samples: Samples, val_split: int | float, generator: torch.Generato
     Raises:
         ValueError: If ``val_split`` is out of range, leaves no training sample or holds out none.
     """
-    if isinstance(val_split, bool) or val_split < 0 or (isinstance(val_split, float) and val_split >= 1):
+    share = isinstance(val_split, float)
+    if isinstance(val_split, bool) or not val_split >= 0 or (share and val_split >= 1):  # NaN is neither
         raise ValueError(f"val_split must be a share in [0, 1) or a non-negative number of samples, got {val_split!r}")
     if not val_split:
         return samples, None

@@ -230,6 +230,7 @@ def test_errors_of_tasks_name_what_is_wrong() -> None:
         ({"groups": [[0, 1, 2], [7]]}, r"unknown classes \[7\]"),
         ({"groups": [[0, 1, 2], []]}, "empty"),
         ({"num_tasks": 2, "labels": "locals"}, "labels"),
+        ({"num_tasks": 2, "val_split": float("nan")}, "val_split"),
         ({"num_tasks": 2, "val_split": 1.0}, "val_split"),
         ({"num_tasks": 2, "val_split": 100}, "val_split"),
         ({"num_tasks": 2, "val_split": 0.001}, "val_split"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -234,3 +235,11 @@ def test_a_stage_that_fails_is_named(first: nn.Module, x: Tensor, message: str) 
     core = AltMin(nn.Sequential(first, nn.Linear(5, CLASSES)), nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match=f"stage '0'.*{message}"):
         core.step(x, labels())
+
+
+@pytest.mark.parametrize("shape", [(0, 4), ()])
+def test_a_batch_without_samples_is_an_error(shape: tuple[int, ...]) -> None:
+    """Catches a mean over nothing, which is NaN, and an IndexError for a tensor that has no batch dimension."""
+    core = AltMin(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=rf"the batch is empty.*got {re.escape(str(shape))}"):
+        core.step(torch.zeros(shape), torch.zeros(shape[:1], dtype=torch.long))
