@@ -212,7 +212,7 @@ stands under each. All of it ran on 2 CPU cores, unless a section says otherwise
 - **Time**: on a CPU an eager step takes 1.3 to 1.95 times as long as backprop's; a compiled one from about as long to
   half longer, and several code steps longer still. On a GPU an eager step takes two to five times as long, and with
   five code steps up to 9.5 times; only CUDA graphs make it as fast ([](speed.md)). A recurrent net's epoch takes 1.5
-  to 2.4 times as long ([](recurrent.md)), a ResNet's step three times ([](blocks.md)).
+  to 2.4 times as long ([](recurrent.md)), a ResNet's 2.5 times ([](blocks.md)).
 - **Memory**: with one code step about that of backprop, but 26 to 37 % more in residual networks ([](blocks.md));
   several code steps need more.
 - **Binary networks**: the search for better patterns costs two points, so it is off ([](binary.md)).
