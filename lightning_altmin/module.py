@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.codes import CodeSolver
 from lightning_altmin.guard import NonFiniteError, Policy
-from lightning_altmin.loss_scaling import without_loss_scaling
 from lightning_altmin.metrics import Metrics
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
@@ -30,11 +29,12 @@ from lightning_altmin.strategies import (
     refuse_strategy,
 )
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
-from lightning_altmin.trainer_checks import (
+from lightning_altmin.trainer.checks import (
     refuse_replaced,
     refuse_skipping_in_groups,
     refuse_unsupported,
 )
+from lightning_altmin.trainer.loss_scaling import without_loss_scaling
 from lightning_altmin.weights import LocalGradient, WeightSolver
 from lightning_altmin.weights.local_gradient import OptimizerFactory
 

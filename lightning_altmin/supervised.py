@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_altmin.checkpoint_files import check_checkpoints, damage_named
-from lightning_altmin.exact_resume import ExactResume
 from lightning_altmin.losses import local_loss
 from lightning_altmin.metrics import Metrics, metric_collection
+from lightning_altmin.trainer.checkpoint_files import check_checkpoints, damage_named
+from lightning_altmin.trainer.exact_resume import ExactResume
 
 if TYPE_CHECKING:
     from typing_extensions import Self

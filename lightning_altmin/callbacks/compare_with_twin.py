@@ -24,9 +24,9 @@ from lightning_altmin.callbacks.altmin_access import (
     refuse_synchronised_batch_norm,
 )
 from lightning_altmin.callbacks.training_clock import TrainingClock
-from lightning_altmin.exact_resume import of_all_processes
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.random_state import random_state, set_random_state
+from lightning_altmin.trainer.exact_resume import of_all_processes
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam
 
 _SECONDS, _PARAMETERS = "training seconds", "parameters"

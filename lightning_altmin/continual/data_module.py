@@ -17,7 +17,7 @@ from lightning_altmin.continual.task_loader import Share, TaskLoader
 from lightning_altmin.data.indexed_loader import check_batch_size
 from lightning_altmin.data.resumable_loader import Batch, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.trainer_progress import TrainerProgress
+from lightning_altmin.trainer.progress import TrainerProgress
 
 _SEED_BITS = 62
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_altmin.continual.buffers import SampleBuffer
 from lightning_altmin.data.resumable_loader import Batch
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 _DRAW_SEED = 1  # added to the buffer's seed, so that what is replayed does not depend on what is kept
 

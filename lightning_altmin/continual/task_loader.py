@@ -13,7 +13,7 @@ from lightning_altmin.continual.samples import Samples
 from lightning_altmin.data.indexed_loader import check_batch_size
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 _ORDER = -1  # number of the derived generator that shuffles
 

@@ -15,7 +15,7 @@ from lightning_altmin.data.resumable_data_module import ResumableDataModule
 from lightning_altmin.data.resumable_loader import ResumableLoader
 from lightning_altmin.data.tensor_loader import TensorLoader, TensorSource
 from lightning_altmin.data.vision import VisionDataModule
-from lightning_altmin.trainer_progress import TrainerProgress, TrainingProgress
+from lightning_altmin.trainer.progress import TrainerProgress, TrainingProgress
 
 __all__ = [
     "CSVDataModule",

@@ -10,7 +10,7 @@ import torch
 from lightning_altmin.data.indexed_loader import IndexedLoader, check_batch_size
 from lightning_altmin.data.resumable_data_module import EvaluationPart, ResumableDataModule
 from lightning_altmin.data.resumable_loader import BatchPreparation, BatchTransform
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 
 class DataSource(Protocol):

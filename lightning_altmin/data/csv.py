@@ -11,7 +11,7 @@ from lightning_altmin.data.csv_rows import CSVError, CSVFile
 from lightning_altmin.data.csv_schema import RowSchema
 from lightning_altmin.data.indexed_loader import check_batch_size
 from lightning_altmin.data.resumable_data_module import EvaluationPart, ResumableDataModule
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _HIGGS_COLUMNS = 29

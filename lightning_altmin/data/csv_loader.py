@@ -10,7 +10,7 @@ from lightning_altmin.data.csv_schema import RowSchema
 from lightning_altmin.data.indexed_loader import check_batch_size, check_shares
 from lightning_altmin.data.resumable_loader import Batch, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 
 class CSVLoader(ResumableLoader):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 _WORKER_STREAM = -2  # number of the derived generator that seeds the workers
 

@@ -7,7 +7,7 @@ import torch
 
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 _ORDER_STREAM = -1  # number of the derived generator that shuffles; a batch's own one has the batch's number
 

@@ -6,7 +6,7 @@ from typing import Literal
 from lightning.pytorch import LightningDataModule
 
 from lightning_altmin.data.resumable_loader import ResumableLoader
-from lightning_altmin.trainer_progress import TrainingProgress, training_progress
+from lightning_altmin.trainer.progress import TrainingProgress, training_progress
 
 EvaluationPart = Literal["val", "test"]
 

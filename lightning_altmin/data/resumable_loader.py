@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_altmin.data.seeding import draw_epoch_seed
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 BatchTransform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]

@@ -7,7 +7,7 @@ import torch
 
 from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform
-from lightning_altmin.trainer_progress import TrainingProgress
+from lightning_altmin.trainer.progress import TrainingProgress
 
 
 class TensorLoader(IndexedLoader):

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_altmin.baselines import ADMMModule, BCDModule, MACModule
 from lightning_altmin.baselines.offline import OfflineModule
-from lightning_altmin.checkpoint_files import CheckpointError
 from lightning_altmin.data import DigitsDataModule
 from lightning_altmin.nn import MLP, LeNet5
+from lightning_altmin.trainer.checkpoint_files import CheckpointError
 from tests.module.problems import loader, network, samples, trainer
 
 METHODS: list[type[Any]] = [ADMMModule, BCDModule, MACModule]

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.continual.data_module import StreamDataModule, TaskStreamDataModule
 from lightning_altmin.strategies.layer_parallel_strategy import LayerParallelStrategy
-from lightning_altmin.trainer_progress import TrainerProgress
+from lightning_altmin.trainer.progress import TrainerProgress
 
 
 def stream_data(trainer: Trainer, callback: Callback) -> StreamDataModule:

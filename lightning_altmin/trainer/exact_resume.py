@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_altmin.random_state import random_state, set_random_state
-from lightning_altmin.trainer_progress import TrainerProgress
+from lightning_altmin.trainer.progress import TrainerProgress
 
 _RANDOM_STATE = "lightning_altmin_random_state"
 
