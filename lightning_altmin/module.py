@@ -246,6 +246,7 @@ class AltMinModule(SupervisedModule):
         """Begin with the gradients that were being accumulated when the checkpoint was written, if there is one."""
         super().on_train_start()
         end_together_on_sigterm(self.trainer)
+        self.core.split_verified = not self.core.coded.split_found  # what a forward reads may have changed since
         if not self.resuming:
             self.core.batches_seen = 0
         pending = self._saved_pending if self.resuming and self._saved_pending else _NOTHING_PENDING

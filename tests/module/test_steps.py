@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_altmin import AltMin, AltMinModule, LocalGradient
@@ -183,3 +184,27 @@ def test_progress_bar_counts_batches_and_shows_the_loss() -> None:
     fit.fit(AltMinModule(network(), weights=LocalGradient(sgd, steps=2)), loader())
     assert seen == [(BATCHES, BATCHES)]
     assert "train_loss" in bar.get_metrics(fit, fit.lightning_module)
+
+
+class Divided(nn.Module):
+    """Reads a number in its forward, which a trace makes a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 1.0
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(torch.relu(self.first(x))) / self.temperature
+        return output
+
+
+def test_every_fit_compares_the_stages_with_the_network() -> None:
+    """Catches a second fit that trains another network than the one that is evaluated."""
+    net = Divided()
+    module = AltMinModule(net)
+    trainer(max_epochs=1).fit(module, loader())
+    trainer(max_epochs=1).fit(module, loader())
+    net.temperature = 5.0
+    with pytest.raises(ValueError, match="tracing found in Divided.forward compute something else"):
+        trainer(max_epochs=1).fit(module, loader())
