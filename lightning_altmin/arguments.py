@@ -15,4 +15,4 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         ValueError: If it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value}")
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_altmin.altmin import AltMin
+from lightning_altmin.arguments import check_count
 from lightning_altmin.codes import CodeSolver
 from lightning_altmin.guard import NonFiniteError, Policy
 from lightning_altmin.metrics import Metrics
@@ -302,8 +303,7 @@ class AltMinModule(SupervisedModule):
         return weights.with_layers(factories)
 
     def _check_accumulation(self, accumulate_batches: int, compile: bool | str, clip: object) -> None:
-        if not isinstance(accumulate_batches, int) or accumulate_batches < 1:
-            raise ValueError(f"accumulate_batches must be an integer >= 1, got {accumulate_batches}")
+        check_count("accumulate_batches", accumulate_batches)
         if accumulate_batches > 1 and self.core.weights.steps > 1:
             raise ValueError(
                 f"accumulate_batches={accumulate_batches} needs one weight step per batch, weights.steps is "

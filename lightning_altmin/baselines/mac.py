@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.baselines.offline import OfflineModule, Variables, forward_variables
 from lightning_altmin.metrics import Metrics
 
@@ -60,9 +61,8 @@ class MACModule(OfflineModule):
             raise ValueError(f"mu must be a positive number, got {mu}")
         if not 1 <= growth < float("inf"):
             raise ValueError(f"growth must be a number >= 1, got {growth}")
-        for name, value in (("every", every), ("iterations", iterations)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        check_count("every", every)
+        check_count("iterations", iterations)
         self.growth, self.every, self.iterations = growth, every, iterations
         self.register_buffer("mu", torch.tensor(float(mu), dtype=torch.float64))
 

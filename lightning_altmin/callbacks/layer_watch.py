@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.optional_imports import import_extra
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ class LayerWatch(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be an integer >= 1, got {every_n_steps!r}")
+        check_count("every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
         self.history: list[dict[str, float]] = []
 

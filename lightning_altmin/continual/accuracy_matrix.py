@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_altmin.arguments import check_count
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -45,8 +47,7 @@ class TaskAccuracyMatrix(Metric):
 
     def __init__(self, num_tasks: int, classes: Sequence[Sequence[int]] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
-            raise ValueError(f"num_tasks must be a positive integer, got {num_tasks!r}")
+        check_count("num_tasks", num_tasks)
         if classes is not None and len(classes) != num_tasks:
             raise ValueError(f"classes must have one entry per task, {num_tasks}, got {len(classes)}")
         self.num_tasks = num_tasks

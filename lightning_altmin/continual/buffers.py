@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.resumable_loader import Batch
 from lightning_altmin.data.seeding import derived_generator
 
@@ -28,8 +29,7 @@ class SampleBuffer(ABC):
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be a positive integer, got {size!r}")
+        check_count("size", size)
         self.size = size
         self.seed = seed
         self.clear()

@@ -10,11 +10,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.replay import Replay
 from lightning_altmin.continual.task import Task, TaskStream
 from lightning_altmin.continual.task_hooks import EpochTaskHooks, TaskHooks
 from lightning_altmin.continual.task_loader import Share, TaskLoader
-from lightning_altmin.data.indexed_loader import check_batch_size
 from lightning_altmin.data.resumable_loader import Batch, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
 from lightning_altmin.trainer.progress import TrainerProgress
@@ -50,8 +50,8 @@ class StreamDataModule(LightningDataModule):
         super().__init__()
         if not isinstance(stream, TaskStream):
             raise TypeError(f"stream must be a TaskStream, got {type(stream).__name__}")
-        check_batch_size("batch_size", batch_size)
-        check_batch_size("eval_batch_size", eval_batch_size)
+        check_count("batch_size", batch_size)
+        check_count("eval_batch_size", eval_batch_size)
         self.stream = stream
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -276,8 +276,7 @@ class TaskStreamDataModule(StreamDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(stream, batch_size, eval_batch_size, replay, shuffle, seed)
-        if isinstance(epochs_per_task, bool) or not isinstance(epochs_per_task, int) or epochs_per_task < 1:
-            raise ValueError(f"epochs_per_task must be a positive integer, got {epochs_per_task!r}")
+        check_count("epochs_per_task", epochs_per_task)
         without = [task.index for task in stream if task.val is None]
         if 0 < len(without) < len(stream):
             raise ValueError(

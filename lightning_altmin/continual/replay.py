@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.buffers import SampleBuffer
 from lightning_altmin.data.resumable_loader import Batch
 from lightning_altmin.data.seeding import derived_generator
@@ -35,8 +36,7 @@ class Replay:
     """
 
     def __init__(self, buffer: SampleBuffer, samples: int = 32) -> None:
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be a positive integer, got {samples!r}")
+        check_count("samples", samples)
         self.buffer = buffer
         self.samples = samples
         self._whole = (buffer.size, buffer.seed)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.samples import Samples, SamplesLike, as_samples
 from lightning_altmin.continual.task import Task, TaskStream
 from lightning_altmin.data.resumable_loader import BatchPreparation
@@ -111,7 +112,7 @@ def permuted_pixels(
     Raises:
         ValueError: If ``num_tasks`` is not positive.
     """
-    _check_count("num_tasks", num_tasks)
+    check_count("num_tasks", num_tasks)
     samples, tests = as_samples(train), as_samples(test)
     shape = samples.read(torch.tensor([0]))[0].shape[1:]
     positions = math.prod(shape[1:]) if len(shape) == 3 else math.prod(shape)
@@ -316,18 +317,13 @@ def _of_classes(samples: Samples, classes: Sequence[int]) -> Samples:
 
 def _dealt(items: Any, num_tasks: int | None) -> list[Any]:
     """Consecutive pieces whose lengths differ by at most one."""
-    _check_count("num_tasks", num_tasks)
+    check_count("num_tasks", num_tasks)
     assert num_tasks is not None
     if len(items) < num_tasks:
         raise ValueError(f"num_tasks={num_tasks} is more than there is to deal out: {len(items)} classes or samples")
     size, rest = divmod(len(items), num_tasks)
     bounds = [index * size + min(index, rest) for index in range(num_tasks + 1)]
     return [items[low:high] for low, high in pairwise(bounds)]
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _check_groups(groups: Sequence[Sequence[int]], classes: tuple[int, ...]) -> None:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.replay import Replay
 from lightning_altmin.continual.samples import Samples
-from lightning_altmin.data.indexed_loader import check_batch_size
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
 from lightning_altmin.trainer.progress import TrainingProgress
@@ -61,7 +61,7 @@ class TaskLoader(ResumableLoader):
         progress: TrainingProgress | None = None,
     ) -> None:
         super().__init__(progress)
-        check_batch_size("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if len(samples) < share.world:
             raise ValueError(f"{len(samples)} samples are too few for {share.world} processes")
         self.batch_size = batch_size

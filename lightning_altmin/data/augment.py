@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.resumable_loader import BatchTransform
 
 
@@ -18,8 +19,7 @@ class RandomCrop:
     """
 
     def __init__(self, padding: int) -> None:
-        if isinstance(padding, bool) or not isinstance(padding, int) or padding <= 0:
-            raise ValueError(f"padding must be a positive integer, got {padding!r}")
+        check_count("padding", padding)
         self.padding = padding
 
     def __call__(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

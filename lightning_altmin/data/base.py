@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lightning_altmin.data.indexed_loader import IndexedLoader, check_batch_size
+from lightning_altmin.arguments import check_count
+from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_data_module import EvaluationPart, ResumableDataModule
 from lightning_altmin.data.resumable_loader import BatchPreparation, BatchTransform
 from lightning_altmin.trainer.progress import TrainingProgress
@@ -81,8 +82,8 @@ class IndexedDataModule(ResumableDataModule):
         drop_last: bool = False,
     ) -> None:
         super().__init__()
-        check_batch_size("batch_size", batch_size)
-        check_batch_size("eval_batch_size", eval_batch_size)
+        check_count("batch_size", batch_size)
+        check_count("eval_batch_size", eval_batch_size)
         _check_val_split(val_split)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

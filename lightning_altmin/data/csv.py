@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.csv_loader import CSVLoader
 from lightning_altmin.data.csv_rows import CSVError, CSVFile
 from lightning_altmin.data.csv_schema import RowSchema
-from lightning_altmin.data.indexed_loader import check_batch_size
 from lightning_altmin.data.resumable_data_module import EvaluationPart, ResumableDataModule
 from lightning_altmin.trainer.progress import TrainingProgress
 
@@ -75,10 +75,9 @@ class CSVDataModule(ResumableDataModule):
             ("eval_batch_size", eval_batch_size),
             ("chunk_rows", chunk_rows),
         ):
-            check_batch_size(name, value)
+            check_count(name, value)
         for name, value in (("val_rows", val_rows), ("test_rows", test_rows), ("shuffle_buffer", shuffle_buffer)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a non-negative number of rows, got {value!r}")
+            check_count(name, value, 0)
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, or None for a real-valued target, got {num_classes}")
         if dtype not in _DTYPES:

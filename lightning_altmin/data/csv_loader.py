@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.csv_rows import CSVError, CSVFile, RowReader, Rows
 from lightning_altmin.data.csv_schema import RowSchema
-from lightning_altmin.data.indexed_loader import check_batch_size, check_shares
+from lightning_altmin.data.indexed_loader import check_shares
 from lightning_altmin.data.resumable_loader import Batch, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
 from lightning_altmin.trainer.progress import TrainingProgress
@@ -51,8 +52,8 @@ class CSVLoader(ResumableLoader):
         progress: TrainingProgress | None = None,
     ) -> None:
         super().__init__(progress)
-        check_batch_size("batch_size", batch_size)
-        check_batch_size("chunk_rows", chunk_rows)
+        check_count("batch_size", batch_size)
+        check_count("chunk_rows", chunk_rows)
         if shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer must be a non-negative number of rows, got {shuffle_buffer}")
         if rows is not None and rows < (batch_size if drop_last else 1):

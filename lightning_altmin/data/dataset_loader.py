@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform
 from lightning_altmin.data.seeding import derived_generator
@@ -60,7 +61,7 @@ class DatasetLoader(IndexedLoader):
             prepare=prepare,
             progress=progress,
         )
-        check_num_workers(num_workers)
+        check_count("num_workers", num_workers, 0)
         self._dataset = dataset
         self._num_workers = num_workers
         self._all_samples = samples
@@ -118,13 +119,3 @@ class DatasetSource:
             indices=indices,
             progress=progress,
         )
-
-
-def check_num_workers(value: int) -> None:
-    """Check a number of reading processes.
-
-    Raises:
-        ValueError: if it is not a non-negative integer.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"num_workers must be a non-negative integer, got {value!r}")

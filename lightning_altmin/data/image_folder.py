@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.augment import Compose, RandomCrop, RandomHorizontalFlip
 from lightning_altmin.data.base import DataSource, IndexedDataModule, Sources
-from lightning_altmin.data.dataset_loader import DatasetSource, check_num_workers
+from lightning_altmin.data.dataset_loader import DatasetSource
 from lightning_altmin.data.image_preparation import ImagePreparation, byte_channel_statistics
 from lightning_altmin.data.resumable_loader import BatchPreparation, BatchTransform
 from lightning_altmin.data.tensor_loader import TensorSource
@@ -72,7 +73,7 @@ class ImageFolderDataModule(IndexedDataModule):
         augment: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, val_split, split_seed, drop_last)
-        check_num_workers(num_workers)
+        check_count("num_workers", num_workers, 0)
         _check_statistics(mean, std, normalize)
         self.root = Path(root)
         self.folders = {"train": train, "test": test, "val": val}

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.resumable_loader import Batch, BatchPreparation, BatchTransform, ResumableLoader
 from lightning_altmin.data.seeding import derived_generator
 from lightning_altmin.trainer.progress import TrainingProgress
@@ -42,7 +43,7 @@ class IndexedLoader(ResumableLoader):
         progress: TrainingProgress | None = None,
     ) -> None:
         super().__init__(progress)
-        check_batch_size("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if indices is not None:
             _check_indices(indices, samples)
         count = samples if indices is None else len(indices)
@@ -147,16 +148,6 @@ def check_shares(samples: int, batch_size: int, world: int, drop_last: bool) -> 
             f"the loader would be empty: drop_last=True drops the only batch, which has {samples} samples where "
             f"{world} processes with batch_size={batch_size} need {world * batch_size}"
         )
-
-
-def check_batch_size(name: str, value: int) -> None:
-    """Check a number of samples per batch.
-
-    Raises:
-        ValueError: if it is not a positive integer.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _check_indices(indices: torch.Tensor, samples: int) -> None:

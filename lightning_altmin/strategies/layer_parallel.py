@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_altmin.altmin import AltMin
+from lightning_altmin.arguments import check_count
 from lightning_altmin.engines import Gradients
 from lightning_altmin.guard import Buffers, is_bad
 from lightning_altmin.losses import LossAt
@@ -71,8 +72,7 @@ class LayerParallel:
         costs: Sequence[float] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(micro_batches, int) or micro_batches < 1:
-            raise ValueError(f"micro_batches must be an integer >= 1, got {micro_batches}")
+        check_count("micro_batches", micro_batches)
         self._group = group
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         stages = core.coded.stages

@@ -223,7 +223,7 @@ def test_errors_of_tasks_name_what_is_wrong() -> None:
     [
         ({}, "num_tasks or groups"),
         ({"num_tasks": 2, "groups": [[0], [1, 2]]}, "num_tasks or groups"),
-        ({"num_tasks": 0}, "positive integer"),
+        ({"num_tasks": 0}, "integer >= 1"),
         ({"num_tasks": 4}, "more than there is"),
         ({"groups": [[0, 1], [1, 2]]}, r"classes \[1\] are named more than once"),
         ({"groups": [[0], [1]]}, r"leave out classes \[2\]"),

@@ -64,5 +64,5 @@ def test_type_and_shape_stay_and_only_the_given_generator_is_used(dtype: torch.d
 @pytest.mark.parametrize("padding", [0, -1, 1.5, True])
 def test_padding_must_be_positive(padding: object) -> None:
     """Catches a crop that would do nothing, or fail in the middle of training."""
-    with pytest.raises(ValueError, match="padding must be a positive integer"):
+    with pytest.raises(ValueError, match="padding must be an integer >= 1"):
         RandomCrop(padding)  # type: ignore[arg-type]

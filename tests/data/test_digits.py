@@ -117,7 +117,7 @@ def test_split_that_leaves_nothing_is_refused(settings: dict[str, object], messa
 @pytest.mark.parametrize("name", ["batch_size", "eval_batch_size"])
 def test_batch_sizes_must_be_positive(name: str) -> None:
     """Catches a batch size of 0 that would only fail, strangely, in training."""
-    with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
         DigitsDataModule(**{name: 0})
 
 

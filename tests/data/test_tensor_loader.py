@@ -226,7 +226,7 @@ def test_foreign_state_is_refused() -> None:
 def test_batch_size_must_be_a_positive_integer(batch_size: object) -> None:
     """Catches a nonsensical batch size that shows up later as a strange number of batches."""
     x, y = numbered(4)
-    with pytest.raises(ValueError, match="batch_size must be a positive integer"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
         TensorLoader(x, y, batch_size)  # type: ignore[arg-type]
 
 

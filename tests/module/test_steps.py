@@ -206,5 +206,5 @@ def test_every_fit_compares_the_stages_with_the_network() -> None:
     trainer(max_epochs=1).fit(module, loader())
     trainer(max_epochs=1).fit(module, loader())
     net.temperature = 5.0
-    with pytest.raises(ValueError, match="tracing found in Divided.forward compute something else"):
+    with pytest.raises(ValueError, match=r"tracing found in Divided\.forward compute something else"):
         trainer(max_epochs=1).fit(module, loader())

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.callbacks.penalty import Tensors
 from lightning_altmin.continual.callbacks.stream_access import (
     evaluating,
@@ -65,8 +66,8 @@ class OrthogonalWeights(Callback):
     ) -> None:
         if not (math.isfinite(ridge) and ridge > 0):
             raise ValueError(f"ridge must be a number > 0, got {ridge}")
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-            raise ValueError(f"samples must be a positive integer, or None for all, got {samples!r}")
+        if samples is not None:
+            check_count("samples", samples)
         self.ridge = ridge
         self.samples = samples
         self.layers = None if layers is None else list(layers)
