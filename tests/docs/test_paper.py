@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     for folder in (PAPER.parent, PAPER):
         monkeypatch.syspath_prepend(folder)
     first_epoch, threads = importlib.import_module("first_epoch"), torch.get_num_threads()
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
     monkeypatch.setattr(first_epoch, "METHODS", METHODS)
     for name in ("epochs", "higgs"):
         monkeypatch.setattr(importlib.import_module(name), "METHODS", METHODS)
@@ -53,6 +56,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
     yield run
     torch.set_num_threads(threads)
+    logger.setLevel(level)
 
 
 def lines(path: Path) -> list[str]:
