@@ -28,8 +28,7 @@ from lightning_altmin import AltMin, CurvatureCodes, LocalGradient
 from lightning_altmin.data import VisionDataModule
 from lightning_altmin.nn import MLP
 
-DOCS = Path(__file__).parent.parent / "docs"
-RESULTS = DOCS / "results" / "accuracy_per_second.csv"
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "accuracy_per_second.csv"
 FIELDS = ["network", "method", "seed", "batches", "seconds", "accuracy"]
 NETWORKS = {"2x100": (100, 0.008), "2x500": (500, 0.004)}
 EVERY, BATCHES = 30, 600
@@ -121,7 +120,7 @@ def plot(rows: list[dict[str, str]]) -> None:
     axes[0].set_ylabel("MNIST test accuracy, %")
     axes[0].legend()
     figure.tight_layout()
-    save(figure, DOCS / "accuracy_per_second.svg")
+    save(figure, RESULTS.with_suffix(".svg"))
 
 
 def main() -> None:
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plot", action="store_true", help="only draw docs/accuracy_per_second.svg")
+    parser.add_argument("--plot", action="store_true", help="only draw docs/results/accuracy_per_second.svg")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path: Path = arguments.results

@@ -3,24 +3,27 @@
     python examples/code_solvers.py --root data
 
 Network 784-100-100-10, batch 200, fused Adam at rate 0.008 with a cosine to zero, everything else at its default.
-Writes docs/results/code_solvers.csv and prints the table that docs/results.md shows. The last AltMin rows read forward
-inputs: with one plain step of rate 1 that is backprop's gradient by another route, shown as a check and not as AltMin.
+Adds to docs/results/code_solvers.csv what is not there yet, and prints the table that docs/results.md shows. The last
+row reads forward inputs: with one plain step of rate 1 that is backprop's gradient by another route, shown as a check
+and not as AltMin.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import functools
 import statistics
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import spread
 from lightning.pytorch import Trainer, seed_everything
+from rows import append, finished, markdown, read
 
 from lightning_altmin import (
     AltMinModule,
@@ -50,6 +53,16 @@ SOLVERS: dict[str, tuple[CodeSolver, str] | None] = {
     "1 step of 0.1": (GradientCodes(1, 0.1), "moved"),
     "1 step of 1, forward inputs (= backprop)": (GradientCodes(1, 1.0), "forward"),
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    solver: str
+    seed: int
+    val_accuracy: float
+    seconds: float
 
 
 def run(solver: tuple[CodeSolver, Any] | None, seed: int, data: VisionDataModule) -> tuple[float, float]:
@@ -87,6 +100,16 @@ def run(solver: tuple[CodeSolver, Any] | None, seed: int, data: VisionDataModule
     return judge.validate(module, datamodule=data, verbose=False)[0]["val_acc"], seconds
 
 
+def table() -> str:
+    """What docs/results.md shows, from the committed rows."""
+    rows, lines = read(RESULTS, Row), []
+    for name in SOLVERS:
+        mine = [row for row in rows if row.solver == name]
+        accuracy = spread([100 * row.val_accuracy for row in mine])
+        lines.append((name, accuracy, f"{statistics.median(row.seconds for row in mine):.1f}"))
+    return markdown(("code step", "validation accuracy %", "seconds"), lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of MNIST")
@@ -95,21 +118,12 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=1 / 6)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("solver", "seed", "val_accuracy", "seconds"))
-        lines = ["| code step | validation accuracy % | seconds |", "| --- | --- | --- |"]
-        for name, solver in SOLVERS.items():
-            runs = [run(solver, seed, data) for seed in range(arguments.seeds)]
-            writer.writerows((name, seed, *outcome) for seed, outcome in enumerate(runs))
-            file.flush()
-            accuracy = [100 * a for a, _ in runs]
-            lines.append(
-                f"| {name} | {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} | "
-                f"{statistics.median(s for _, s in runs):.1f} |"
-            )
-    print("\n".join(lines))
+    done = finished(RESULTS, "solver", "seed")
+    for name, solver in SOLVERS.items():
+        for seed in range(arguments.seeds):
+            if (name, str(seed)) not in done:
+                append(RESULTS, [Row(name, seed, *run(solver, seed, data))])
+    print(table())
 
 
 if __name__ == "__main__":

@@ -68,7 +68,13 @@ def test_tuning_alone_is_not_shown_as_measured(
 
 
 @pytest.mark.parametrize(
-    ("page_name", "script"), [("binary.md", "binary"), ("deep.md", "deep_networks"), ("sparse.md", "sparse")]
+    ("page_name", "script"),
+    [
+        ("binary.md", "binary"),
+        ("deep.md", "deep_networks"),
+        ("results.md", "code_solvers"),
+        ("sparse.md", "sparse"),
+    ],
 )
 def test_pages_show_the_rows_that_are_committed(page_name: str, script: str) -> None:
     """Catches a page that was left behind when runs were added."""
