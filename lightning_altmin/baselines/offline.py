@@ -11,14 +11,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_altmin.codes.elementwise import INVERTIBLE, is_invertible
+from lightning_altmin.codes.elementwise import INVERTIBLE
+from lightning_altmin.codes.plain_layer import activation_of, odd_modules
 from lightning_altmin.guard import NonFiniteError
 from lightning_altmin.metrics import ClassAccuracy, Metrics
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.supervised import SupervisedModule
 
 _VARIABLES = "lightning_altmin_offline_variables"
-_RESHAPES = (nn.Flatten, nn.Identity)  # Identity is both: an activation too
 
 Variables = dict[str, list[Tensor]]
 """A method's auxiliary variables by name, one tensor of shape ``(samples, units)`` per layer."""
@@ -57,17 +57,14 @@ def layers_of(network: nn.Module) -> list[Layer]:
     """
     layers = []
     for stage in CodedNetwork(network).stages:
-        activations = [m for m in stage.transfer if not isinstance(m, _RESHAPES)]
-        odd = [m for m in activations if not is_invertible(m)] + activations[1:]
-        odd += [m for m in stage.affine if type(m) is not nn.Linear] + stage.affine[1:]
-        if odd:
+        if odd := odd_modules(stage):
             raise ValueError(
                 f"network: offline methods need at most one activation of {[t.__name__ for t in INVERTIBLE]} and one "
                 f"Linear per layer; stage {stage.name!r} has {odd[0]}"
             )
         linear = stage.affine[0]
         assert isinstance(linear, nn.Linear)  # anything else was odd
-        layers.append(Layer(activations[0] if activations else nn.Identity(), linear))
+        layers.append(Layer(activation_of(stage.transfer), linear))
     return layers
 
 

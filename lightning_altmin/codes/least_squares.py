@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
-from lightning_altmin.codes.elementwise import INVERTIBLE, activation_move, is_invertible
-from lightning_altmin.engines import has_own_forward
+from lightning_altmin.codes.elementwise import INVERTIBLE, activation_move
+from lightning_altmin.codes.plain_layer import activation_of, odd_modules
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
-
-_RESHAPES = (nn.Flatten, nn.Identity)  # Identity is both: an activation that need not be inverted
 
 
 class LeastSquaresCodes(CodeSolver):
@@ -70,10 +68,7 @@ class LeastSquaresCodes(CodeSolver):
                 "code_coupling_gradient of its own, which it would not follow; use CurvatureCodes()"
             )
         for stage in stages[1:]:
-            activations = [m for m in stage.transfer if not isinstance(m, _RESHAPES)]
-            odd = [m for m in activations if not is_invertible(m)] + activations[1:]
-            odd += [m for m in stage.affine if type(m) is not nn.Linear or has_own_forward(m)] + stage.affine[1:]
-            if odd:
+            if odd := odd_modules(stage):
                 raise ValueError(
                     f"codes=LeastSquaresCodes needs one activation of {[t.__name__ for t in INVERTIBLE]} and one "
                     f"Linear after each code; stage {stage.name!r} has {odd[0]}. Use CurvatureCodes()"
@@ -86,9 +81,7 @@ class LeastSquaresCodes(CodeSolver):
         transfer, linear = problem.above.transfer, problem.above.affine[0]
         assert isinstance(linear, nn.Linear)  # as `check` has seen
         change = damped_least_squares(linear.weight.detach(), target, self.damping).view_as(problem.forward)
-        activations = [m for m in transfer if not isinstance(m, _RESHAPES)]
-        activation = activations[0] if activations else nn.Identity()  # `next(..., default)`: not traced by torch 2.8
-        return activation_move(activation, problem.forward, change, self.weight)
+        return activation_move(activation_of(transfer), problem.forward, change, self.weight)
 
     def extra_repr(self) -> str:
         return f"damping={self.damping:g}, weight={self.weight:g}"
