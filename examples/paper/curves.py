@@ -123,7 +123,7 @@ def plot(rows: Iterable[Row], path: Path, label: str, errors: bool = False, squa
         squares: Methods drawn with squares and dashes.
     """
     suites = final_rows(rows)
-    figure, axes = pyplot.subplots(1, len(suites), figsize=(4.7 * len(suites), 3.5), squeeze=False, sharey=not errors)
+    figure, axes = pyplot.subplots(1, len(suites), figsize=(4.7 * len(suites), 3.5), squeeze=False)
     for axis, (suite, methods) in zip(axes[0], suites.items(), strict=True):
         for method, mine in methods.items():
             amounts = sorted({row.seen for row in mine})

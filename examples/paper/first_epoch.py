@@ -5,7 +5,8 @@
     python examples/paper/first_epoch.py table
     python examples/paper/first_epoch.py plot
 
-Networks 784-100-100-10 (mlp_100) and 784-500-500-10 (mlp_500), ReLU, no BatchNorm, MNIST, mini-batches of 200.
+Networks 784-100-100-10 (mlp_100) and 784-500-500-10 (mlp_500) on MNIST, 3072-500-500-10 on CIFAR-10 (cifar10_mlp),
+ReLU, no BatchNorm, mini-batches of 200.
 AM-Adam, AM-SGD and AM-mem are AltMin with Adam, with SGD (momentum 0.9) and with the co-activation memory; Adam and SGD
 are backprop. The offline methods ADMM and MAC cannot see a mini-batch once: at each mark they are fitted anew to all
 samples that the online methods have seen by then, with as many sweeps over them as `SWEEPS` says, so they are given far
@@ -141,9 +142,8 @@ def train(run: Run, root: str, small: bool, device: str) -> list[Row]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     suite, phase, method, setting, seed = run
     samples = loaded(suite, root, HELD_OUT[phase], device)
-    marks: tuple[int, ...] = OFFLINE_MARKS[phase] if method in OFFLINE else MARKS
-    if small:
-        marks = tuple(mark for mark in marks if mark <= 25)
+    last = 25 if small else memory.SUITES[suite].marks[-1]
+    marks = tuple(mark for mark in (OFFLINE_MARKS[phase] if method in OFFLINE else MARKS) if mark <= last)
     found: dict[int, float] = dict.fromkeys(marks, 0.0)
     try:
         for mark, accuracy in (offline if method in OFFLINE else online)(run, samples, marks, device):
@@ -182,8 +182,8 @@ def execute(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("tune", "final", "table", "plot"))
-    parser.add_argument("--suite", choices=("mlp_100", "mlp_500"), default="mlp_100")
-    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--suite", choices=("mlp_100", "mlp_500", "cifar10_mlp"), default="mlp_100")
+    parser.add_argument("--root", default="data", help="folder of the data set")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1, help="processes that train")
