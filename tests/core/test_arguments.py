@@ -36,5 +36,5 @@ def test_true_is_no_number_of_anything(make: Any, settings: dict[str, Any], name
     """Catches a switch given for a number: to Python, True is the integer 1, which all of these allow."""
     make(**settings, **{name: 1})
     for value in (True, 1.0, "1"):
-        with pytest.raises(ValueError, match=f"{name} must be an integer >= [01], got {value}"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= [01], got {value!r}"):
             make(**settings, **{name: value})
