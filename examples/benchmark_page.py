@@ -151,7 +151,8 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "settings, judged on a validation split by the mean over its marks: three seeds and seven marks for the "
         "online methods, one seed and two marks (25 and 100 batches) for ADMM and MAC, whose runs are long. These are "
         "fitted anew at each mark to the samples seen by then, with 30 sweeps over them. MAC's best setting "
-        "for 2x100 is at a corner of its grid.\n\n"
+        "for 2x100 is at a corner of its grid. On 2x500 a run of ADMM takes 20 minutes of a core, so it has two seeds, "
+        "and MAC, which takes longer, has only two of its tuning runs.\n\n"
         "![Accuracy over mini-batches](results/first_epoch.svg)",
         first_epochs,
     ),
@@ -162,8 +163,9 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "Test accuracy in per cent after so many epochs of MNIST (mlp) and CIFAR-10, batches of 200 (95 % intervals). "
         "The setting of each method is the best of six (the grids above) after 15 epochs of one run judged by a "
         "validation split. The smallest rate of the grid was best on CIFAR-10 for all four that have one, and on "
-        "2x100 for both kinds of Adam. AM-mem leads after one epoch; in the end SGD and AM-SGD do. Runs of 2x500 and "
-        "of CIFAR-10 were made on an H200 with PyTorch 2.11, some on a CPU with 2.14.\n\n"
+        "2x100 for both kinds of Adam: there smaller ones may be better still. AM-mem leads after one epoch. After 50 "
+        "SGD and AM-SGD do on MNIST; on CIFAR-10 AM-mem's one run is above all other means from the tenth epoch on. Runs "
+        "of 2x500 and, but for AM-mem's, of CIFAR-10 were made on an H200 with PyTorch 2.11.\n\n"
         "![Error over epochs](results/epochs.svg)",
         fifty_epochs,
     ),
