@@ -137,8 +137,8 @@ def _whole_bias(steps: Tensor) -> Tensor:
     if not bool((whole.abs() < _MOST).all()):
         raise ValueError(
             f"network: what is added to the sums of the output, its bias, is {float(steps.abs().max()):.3g} times the "
-            "step of its rounded weights, "
-            "which does not fit 64 bits: its weights are (nearly) zero beside it; train them, or leave the bias out"
+            "step of its rounded weights, which does not fit 64 bits: its weights are (nearly) zero beside it; train "
+            "them, or leave the bias out"
         )
     return whole.long()
 
