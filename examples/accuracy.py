@@ -93,7 +93,7 @@ SUITES = {
     )
     for width, norm in itertools.product((100, 500), (False, True))
 } | {
-    "mnist_lenet": Suite({"LeNet": LeNet5}, functools.partial(mnist, batch_size=128), (10,), (2,), seeds=3),
+    "mnist_lenet": Suite({"LeNet": LeNet5}, functools.partial(mnist, batch_size=128), (10,), (2,), seeds=5),
     "cifar10_mlp": Suite(
         {"MLP 3072-500-500-10": functools.partial(mlp, 3072, 500, False)},
         functools.partial(cifar10, batch_size=200, augment=False),

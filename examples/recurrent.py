@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--epochs", type=int, default=TUNE_EPOCHS, help="of a tuning run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")
     parser.add_argument("--results", type=Path, default=RESULTS / "recurrent.csv")
     arguments = parser.parse_args()
