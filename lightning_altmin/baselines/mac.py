@@ -12,6 +12,9 @@ from lightning_altmin.arguments import check_count
 from lightning_altmin.baselines.offline import OfflineModule, Variables, forward_variables
 from lightning_altmin.metrics import Metrics
 
+SAMPLES_PER_PROBLEM = 250
+"""Samples whose coordinates share an L-BFGS run. One each would be exact, too, but slow."""
+
 
 class MACModule(OfflineModule):
     r"""MAC by a quadratic penalty ("Distributed optimization of deeply nested systems", AISTATS 2014).
@@ -29,7 +32,8 @@ class MACModule(OfflineModule):
     network that is post-processed.
 
     Each problem is lowered by L-BFGS with a line search from where the last sweep left it, in place of the paper's
-    Gauss-Newton method; neither step can raise E.
+    Gauss-Newton method; neither step can raise E. The Z step takes `SAMPLES_PER_PROBLEM` samples at a time, so that a
+    line search answers for few of them and the memory of L-BFGS does not grow with the data.
 
     Args:
         network: A multilayer perceptron of ReLU, LeakyReLU, Sigmoid, Tanh or Softplus units.
@@ -81,9 +85,13 @@ class MACModule(OfflineModule):
             self._lower_layer(level, x, y, self.variables["z"])
 
     def lower_coordinates(self, x: Tensor, y: Tensor) -> None:
-        """The Z step, over the coordinates of all layers at once."""
+        """The Z step, over the coordinates of all layers at once. Samples do not depend on one another."""
         z = self.variables["z"]
-        lower(lambda: self._value(x, y, z), z, self.iterations)
+        # The first layer's output is the same for all coordinates, and costs more than the rest of E.
+        first = self.layers[1].activation(self.layers[0].linear(x))
+        for begin in range(0, len(x), SAMPLES_PER_PROBLEM):
+            rows = slice(begin, begin + SAMPLES_PER_PROBLEM)
+            self._lower_some(first[rows], y[rows], [t[rows] for t in z])
 
     def post_process(self, x: Tensor, y: Tensor) -> None:
         """Put coordinates at the values of the forward pass, where E is the network's loss, and refit the output."""
@@ -101,18 +109,32 @@ class MACModule(OfflineModule):
 
     # ---------------------------------------------------------------- the terms of E
 
+    def _lower_some(self, first: Tensor, y: Tensor, z: list[Tensor]) -> None:
+        """Lower E over the coordinates of some samples, whose first layer's output is ``first``."""
+
+        def value() -> Tensor:
+            above = [self._term(level, None, y, z) for level in range(1, len(self.layers))]
+            return torch.stack([self._penalty(z[0], first), *above]).sum()
+
+        lower(value, z, self.iterations)
+
     def _lower_layer(self, level: int, x: Tensor, y: Tensor, z: list[Tensor]) -> None:
         lower(lambda: self._term(level, x, y, z), list(self.layers[level].linear.parameters()), self.iterations)
 
     def _value(self, x: Tensor, y: Tensor, z: list[Tensor]) -> Tensor:
         return torch.stack([self._term(level, x, y, z) for level in range(len(self.layers))]).sum()
 
-    def _term(self, level: int, x: Tensor, y: Tensor, z: list[Tensor]) -> Tensor:
-        """The one term of E that has this layer's weights, summed over samples."""
-        output = self.layers[level].linear(z[level - 1] if level > 0 else x)
+    def _term(self, level: int, x: Tensor | None, y: Tensor, z: list[Tensor]) -> Tensor:
+        """The one term of E that has this layer's weights, summed over samples. ``x`` is for the first layer."""
+        below = z[level - 1] if level > 0 else x
+        output = self.layers[level].linear(below)
         if level == len(self.layers) - 1:
             return self._local_loss.total(output, y)
-        return 0.5 * self.mu.to(x.dtype) * (z[level] - self.layers[level + 1].activation(output)).square().sum()
+        return self._penalty(z[level], self.layers[level + 1].activation(output))
+
+    def _penalty(self, z: Tensor, fitted: Tensor) -> Tensor:
+        """What a difference between coordinates and their layer's output costs."""
+        return 0.5 * self.mu.to(z.dtype) * (z - fitted).square().sum()
 
 
 def lower(value: Callable[[], Tensor], variables: Sequence[Tensor], iterations: int) -> None:

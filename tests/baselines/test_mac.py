@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from lightning_altmin.baselines import MACModule, SquaredError
+from lightning_altmin.baselines import MACModule, SquaredError, mac
 from tests.baselines.tiny import SAMPLES, least_squares, one_hot, perceptron, samples
 
 
@@ -62,8 +62,12 @@ def test_the_weight_step_ends_at_least_squares_where_layers_are_linear() -> None
         torch.testing.assert_close(layer.bias.detach(), solution[-1], rtol=0, atol=1e-5)
 
 
-def test_the_coordinates_end_at_scipys_optimum() -> None:
-    """Catches coordinates of one layer left out, or held where the other's have not moved yet."""
+@pytest.mark.parametrize("together", [1, 5, 250])
+def test_the_coordinates_end_at_scipys_optimum(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches coordinates of one layer left out, or held where the other's have not moved yet; and, where few samples
+    share a problem, samples left out at the end, beside another one's target, or beside another's first layer.
+    """
+    monkeypatch.setattr(mac, "SAMPLES_PER_PROBLEM", together)
     network = perceptron(nn.Tanh)
     module, x, y = begun(network, mu=0.3, iterations=500)
     start = [t.clone() for t in module.variables["z"]]
