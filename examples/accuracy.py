@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from intervals import interval, spread
+from intervals import interval
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from rows import append, markdown, read
 from torch import nn
@@ -233,7 +233,7 @@ def table(path: Path) -> str:
             theirs, ours = ([100 * runs[m][s].accuracy for s in seeds] for m in ("backprop", method))
             difference = [a - b for a, b in zip(ours, theirs, strict=True)]
             rates = f"{runs['backprop'][seeds[0]].lr}; {runs[method][seeds[0]].lr}"
-            results = (spread(theirs), method, spread(ours), interval(difference, "+.2f"))
+            results = (interval(theirs), method, interval(ours), interval(difference, "+.2f"))
             lines.append((f"{dataset} {network}", epochs, len(seeds), *results, rates))
     columns = ("network", "epochs", "seeds", "backprop %", "method", "its %", "- backprop (95 %)")
     return markdown((*columns, "rates (backprop; it)"), lines)

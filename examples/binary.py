@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from deep_networks import EpochClock
 from figures import pyplot, save
-from intervals import spread
+from intervals import interval
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from rows import append_values, finished, markdown
 from torch import Tensor, nn
@@ -217,8 +217,8 @@ def table() -> str:
             continue
         first = [100 * float(r["val_accuracy"]) for r in rows if r["method"] == method and r["epoch"] == "1"]
         pace = statistics.median(float(row["seconds"]) / int(row["epoch"]) for row in ends)
-        test = spread([100 * float(row["test_accuracy"]) for row in ends])
-        integer = spread([100 * float(row["integer_accuracy"]) for row in ends if row["integer_accuracy"]])
+        test = interval([100 * float(row["test_accuracy"]) for row in ends])
+        integer = interval([100 * float(row["integer_accuracy"]) for row in ends if row["integer_accuracy"]])
         lines.append((method, len(ends), test, integer, f"{statistics.mean(first):.1f}", f"{pace:.0f}"))
     columns = ("method", "seeds", "test accuracy %", "in integers %", "first epoch % (validation)", "seconds per epoch")
     return markdown(columns, lines)

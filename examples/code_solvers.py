@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from intervals import spread
+from intervals import interval
 from lightning.pytorch import Trainer, seed_everything
 from rows import append, finished, markdown, read
 
@@ -105,7 +105,7 @@ def table() -> str:
     rows, lines = read(RESULTS, Row), []
     for name in SOLVERS:
         mine = [row for row in rows if row.solver == name]
-        accuracy = spread([100 * row.val_accuracy for row in mine])
+        accuracy = interval([100 * row.val_accuracy for row in mine])
         lines.append((name, accuracy, f"{statistics.median(row.seconds for row in mine):.1f}"))
     return markdown(("code step", "validation accuracy %", "seconds"), lines)
 

@@ -1,4 +1,4 @@
-"""Means of results over seeds, as the tables show them: with a 95 % interval, or with the standard deviation."""
+"""Means of results over seeds, as the tables show them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,3 @@ def interval(values: Sequence[float], mean: str = ".2f", half: str = ".2f") -> s
     """Mean and half a 95 % interval in these formats: the mean alone of one value, nothing of none."""
     shown = f"{statistics.mean(values):{mean}}" if values else ""
     return f"{shown} ± {half_width(values):{half}}" if len(values) > 1 else shown
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and standard deviation in this format: the mean alone of one value, nothing of none."""
-    shown = f"{statistics.mean(values):{form}}" if values else ""
-    return f"{shown} ± {statistics.stdev(values):{form}}" if len(values) > 1 else shown

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from figures import pyplot, save
-from intervals import interval, spread
+from intervals import half_width, interval
 from memory import DEFAULT, MEMORY, RATES, RESULTS, SUITES, Row, best
 from rows import markdown, read
 
@@ -40,16 +40,16 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 
 def finals(rows: list[Row]) -> str:
-    """AM-mem beside backprop on the test set: means and deviations over seeds, and paired differences."""
+    """AM-mem beside backprop on the test set: means over seeds and paired differences, with 95 % intervals."""
     lines = []
     for suite in suites(rows, "final"):
         ours = curves(rows, suite, MEMORY)
         for mark in SUITES[suite].marks:
-            cells = [suite, mark, spread(list(ours[mark].values()))]
+            cells = [suite, mark, interval(list(ours[mark].values()))]
             for method in RATES:
                 theirs = curves(rows, suite, method)[mark]
                 rate = best(rows, suite, method, mark)
-                cells += [f"{spread(list(theirs.values()))} ({rate})", difference(ours[mark], theirs)]
+                cells += [f"{interval(list(theirs.values()))} ({rate})", difference(ours[mark], theirs)]
             lines.append(cells)
     columns = ("network", "batches", "AM-mem %", "Adam % (rate)", "AM-mem - Adam", "SGD % (rate)", "AM-mem - SGD")
     return markdown(columns, lines)
@@ -71,12 +71,12 @@ def sweeps(rows: list[Row]) -> str:
 
 
 def studies(rows: list[Row]) -> str:
-    """Parts replaced: means and deviations over seeds, after each number of batches."""
+    """Parts replaced: means over seeds with 95 % intervals, after each number of batches."""
     lines = []
     for suite, setting in sorted({(r.suite, r.setting) for r in rows if r.phase == "study"}):
         studied = [r for r in rows if (r.suite, r.phase, r.setting) == (suite, "study", setting)]
         at = {mark: [100 * r.accuracy for r in studied if r.batches == mark] for mark in SUITES[suite].marks}
-        cells = [f"{mark}: {spread(values)}" for mark, values in at.items()]
+        cells = [f"{mark}: {interval(values)}" for mark, values in at.items()]
         seeds = len({r.seed for r in studied})
         lines.append((suite, setting or "default", seeds, "; ".join(cells)))
     return markdown(("network", "setting", "seeds", "accuracy % after batches"), lines)
@@ -89,9 +89,9 @@ def plot(rows: list[Row], path: Path) -> None:
         for method in (MEMORY, *RATES):
             found = curves(rows, suite, method)
             means = [statistics.mean(found[mark].values()) for mark in found]
-            deviations = [statistics.stdev(found[mark].values()) for mark in found]
+            halves = [half_width(list(found[mark].values())) for mark in found]
             label = "AM-mem, default settings" if method == MEMORY else f"backprop, {method}, best rate at each point"
-            axis.errorbar(range(len(found)), means, deviations, marker="o", capsize=3, label=label)
+            axis.errorbar(range(len(found)), means, halves, marker="o", capsize=3, label=label)
         axis.set_xticks(range(len(SUITES[suite].marks)), [str(mark) for mark in SUITES[suite].marks])
         axis.set(title=suite, xlabel="mini-batches")
     axes[0][0].set_ylabel("test accuracy, %")

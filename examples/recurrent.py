@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from figures import pyplot, save
-from intervals import spread
+from intervals import interval
 from lightning.pytorch import Trainer, seed_everything
 from rows import append, markdown, read
 from torch import Tensor, nn
@@ -211,7 +211,7 @@ def table(path: Path) -> str:
         for method in METHODS:
             chosen = [row for row in rows if (row.hidden, row.method) == (hidden, method)]
             if chosen:
-                accuracy = spread([100 * row.accuracy for row in chosen])
+                accuracy = interval([100 * row.accuracy for row in chosen])
                 pace = statistics.median(row.seconds for row in chosen)
                 lines.append((hidden, method, chosen[0].lr, len(chosen), accuracy, f"{pace:.0f}"))
     return markdown(("units", "method", "rate", "seeds", "test accuracy %", "seconds"), lines)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from intervals import spread
+from intervals import interval
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rows import append, markdown, read
@@ -231,7 +231,7 @@ def table(path: Path) -> str:
     ):
         rows = [row for row in ends if (row.width, row.epochs, row.method) == (width, epochs, method)]
         if rows:
-            accuracy = spread([100 * float(row.test_accuracy) for row in rows], ".1f")
+            accuracy = interval([100 * float(row.test_accuracy) for row in rows], ".1f", ".1f")
             pace = statistics.median(row.seconds for row in rows)
             lines.append((width, epochs, method, rows[0].lr, len(rows), accuracy, f"{pace:.1f}"))
     columns = ("width", "epochs", "method", "rate", "seeds", "test accuracy %", "seconds per epoch")

@@ -42,8 +42,7 @@ def test_half_an_interval_is_that_of_students_t(values: list[float], quantile: f
 def test_one_value_has_no_interval_and_none_no_mean() -> None:
     """Catches a deviation of one value, which does not exist, shown as a number."""
     intervals = importlib.import_module("intervals")
-    assert [intervals.interval([2.0]), intervals.spread([2.0]), intervals.interval([])] == ["2.00", "2.00", ""]
-    assert intervals.spread([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0"
+    assert [intervals.interval([2.0]), intervals.interval([])] == ["2.00", ""]
     assert intervals.interval([1.0, 2.0, 3.0], "+.1f") == "+2.0 ± 2.48"  # 4.3027 / sqrt(3)
 
 
