@@ -8,10 +8,14 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for intervals and rows
 from benchmark import described, tuned
+from intervals import interval
+from rows import markdown
 
 Rows = dict[str, list[dict[str, str]]]
 
@@ -26,32 +30,24 @@ TITLES = {
 
 
 def per_cent(rows: list[dict[str, str]], column: str) -> str:
-    """Mean and standard deviation over seeds."""
-    values = [100 * float(row[column]) for row in rows if row[column]]
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+    """Mean over seeds with its 95 % interval."""
+    return interval([100 * float(row[column]) for row in rows if row[column]]) or "-"
 
 
 def table(methods: Rows) -> str:
     """One row per method, best first."""
-    lines = [
-        "| Method | Average accuracy | Task told | Forgetting | State | CPU seconds | Seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    order = sorted(methods, key=lambda m: -statistics.mean(float(row["accuracy"]) for row in methods[m]))
-    for method in order:
+    lines = []
+    for method in sorted(methods, key=lambda m: -statistics.mean(float(row["accuracy"]) for row in methods[m])):
         rows = methods[method]
         state = statistics.mean(float(row["state_bytes"]) for row in rows)
         seconds = statistics.mean(float(row["seconds"]) for row in rows)
         cells = [per_cent(rows, column) for column in ("accuracy", "task_incremental", "forgetting")]
-        price = "-" if state == 0 else f"{state / 1e6:.2f} MB"
-        lines.append(f"| {method} | {' | '.join(cells)} | {price} | {seconds:.0f} | {len(rows)} |")
-    return "\n".join(lines)
+        lines.append((method, *cells, "-" if state == 0 else f"{state / 1e6:.2f} MB", f"{seconds:.0f}", len(rows)))
+    columns = ("Method", "Average accuracy", "Task told", "Forgetting", "State", "CPU seconds", "Seeds")
+    return markdown(columns, lines)
 
 
-def figure(suites: dict[str, Rows], path: Path) -> None:
+def figure(found: dict[str, Rows], path: Path) -> None:
     """Accuracy on Split-MNIST against bytes of state, for AM-mem and replay."""
     from matplotlib.figure import Figure
 
@@ -60,7 +56,7 @@ def figure(suites: dict[str, Rows], path: Path) -> None:
     for kind, marker in (("AM-mem", "o"), ("replay", "s")):
         points = []
         for suite in ("split_mnist", "bytes", *(["split_mnist_64"] if kind == "AM-mem" else [])):
-            for method, rows in suites.get(suite, {}).items():
+            for method, rows in found.get(suite, {}).items():
                 if method.startswith(kind) and not any(other in method for other in ("joint", "learnt", "innovation")):
                     mean = statistics.mean(100 * float(row["accuracy"]) for row in rows)
                     points.append((float(rows[0]["state_bytes"]), mean))
@@ -73,24 +69,31 @@ def figure(suites: dict[str, Rows], path: Path) -> None:
     drawing.savefig(path, dpi=120)
 
 
+def suites(path: Path, tuning: Path) -> dict[str, Rows]:
+    """The rows of each suite and method; of a method that was tuned anew, those with the settings that are best now."""
+    found: dict[str, Rows] = defaultdict(lambda: defaultdict(list))
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            found[row["suite"]][row["method"]].append(row)
+    for suite, methods in found.items():
+        for method, rows in methods.items():
+            if suite != "bytes":
+                chosen = described(tuned(tuning, suite, method))
+                methods[method] = [row for row in rows if row["settings"] == chosen]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("docs/results/continual.csv"))
     parser.add_argument("--tuning", type=Path, default=Path("docs/results/continual_tuning.csv"))
     parser.add_argument("--figure", type=Path, help="where to draw accuracy against bytes")
     arguments = parser.parse_args()
-    suites: dict[str, Rows] = defaultdict(lambda: defaultdict(list))
-    with arguments.rows.open() as file:
-        for row in csv.DictReader(file):
-            suites[row["suite"]][row["method"]].append(row)
-    for suite, methods in suites.items():
-        for method, rows in methods.items():  # tuned anew: only the settings that are best now count
-            if suite != "bytes":
-                chosen = described(tuned(arguments.tuning, suite, method))
-                methods[method] = [row for row in rows if row["settings"] == chosen]
+    found = suites(arguments.rows, arguments.tuning)
+    for suite, methods in found.items():
         print(f"**{TITLES[suite]}**\n\n{table(methods)}\n")
     if arguments.figure is not None:
-        figure(suites, arguments.figure)
+        figure(found, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in (EXAMPLES / "paper", EXAMPLES):
+    for folder in (EXAMPLES / "continual", EXAMPLES / "paper", EXAMPLES):
         monkeypatch.syspath_prepend(folder)
 
 
@@ -79,6 +79,17 @@ def test_pages_show_the_rows_that_are_committed(page_name: str, script: str) -> 
     """Catches a page that was left behind when runs were added."""
     text = (EXAMPLES.parent / "docs" / page_name).read_text(encoding="utf-8")
     assert importlib.import_module(script).table() in text
+
+
+def test_the_continual_page_shows_the_rows_that_are_committed() -> None:
+    """Catches the same of the tables of the continual benchmark, one for each suite."""
+    report = importlib.import_module("report")
+    results = EXAMPLES.parent / "docs" / "results"
+    found = report.suites(results / "continual.csv", results / "continual_tuning.csv")
+    text = (EXAMPLES.parent / "docs" / "continual.md").read_text(encoding="utf-8")
+    assert set(found) == set(report.TITLES)
+    for methods in found.values():
+        assert report.table(methods) in text
 
 
 def test_the_readme_shows_rows_of_the_results() -> None:
