@@ -16,41 +16,55 @@ from there; `--minutes M` stops after that time, its variables kept.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
+import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for intervals and rows
+from intervals import interval
+from rows import append, markdown, read
+
 from lightning_altmin.baselines.bcd import BCDModule, small_weights
 from lightning_altmin.data import VisionDataModule
 from lightning_altmin.nn import MLP
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "bcd_mnist.csv"
-FIELDS = ("width", "samples", "seed", "sweep", "accuracy", "objective", "seconds")
+Run = tuple[int, int, int]
+"""Width of the hidden layers, number of samples, seed."""
 KEPT_EVERY = 5
 OBJECTIVE_EVERY = 5  # it costs a fifth of a sweep
 
 
-def read(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+@dataclass(frozen=True)
+class Row:
+    """One sweep of one run."""
+
+    width: int
+    samples: int
+    seed: int
+    sweep: int
+    accuracy: float
+    objective: float
+    seconds: float
+
+    @property
+    def run(self) -> Run:
+        return self.width, self.samples, self.seed
 
 
 class Record(Callback):
     """Judges the network on the test set after every sweep and writes a row; keeps the variables now and then."""
 
-    def __init__(
-        self, path: Path, facts: dict[str, Any], state: Path | None, data: LightningDataModule, end: float
-    ) -> None:
-        self.path, self.facts, self.state, self.data, self.end = path, facts, state, data, end
+    def __init__(self, path: Path, run: Run, state: Path | None, data: LightningDataModule, end: float) -> None:
+        self.path, self.run, self.state, self.data, self.end = path, run, state, data, end
         self.started = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
@@ -64,20 +78,11 @@ class Record(Callback):
         measured = sweep % OBJECTIVE_EVERY == 0
         batches = list(self.data.test_dataloader())
         right = sum(int((module(x.to(module.device)).argmax(1).cpu() == y).sum()) for x, y in batches)
-        row = self.facts | {
-            "sweep": sweep,
-            "accuracy": round(right / sum(len(y) for _, y in batches), 4),
-            "objective": round(float(trainer.callback_metrics["train_objective"]), 6) if measured else math.nan,
-            "seconds": round(seconds, 2),
-        }
-        known = {(r["width"], r["samples"], r["seed"], r["sweep"]) for r in read(self.path)}
-        if (row["width"], row["samples"], row["seed"], sweep) not in known:
-            new = not self.path.exists()
-            with self.path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+        accuracy = round(right / sum(len(y) for _, y in batches), 4)
+        objective = round(float(trainer.callback_metrics["train_objective"]), 6) if measured else math.nan
+        row = Row(*self.run, sweep, accuracy, objective, round(seconds, 2))
+        if (row.run, sweep) not in {(r.run, r.sweep) for r in read(self.path, Row)}:
+            append(self.path, [row])
         print(row, flush=True)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
@@ -89,9 +94,7 @@ class Record(Callback):
 
 def run(arguments: argparse.Namespace, seed: int, end: float) -> None:
     width, samples, sweeps = (200, 10000, 15) if arguments.small else (1500, 60000, 50)
-    done = [
-        r["sweep"] for r in read(arguments.results) if (r["width"], r["samples"], r["seed"]) == (width, samples, seed)
-    ]
+    done = [r.sweep for r in read(arguments.results, Row) if r.run == (width, samples, seed)]
     if done and max(done) >= sweeps:
         return
     state = None if arguments.state is None else arguments.state / f"bcd_{width}_{seed}"
@@ -112,32 +115,26 @@ def run(arguments: argparse.Namespace, seed: int, end: float) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Record(arguments.results, {"width": width, "samples": samples, "seed": seed}, state, data, end)],
+        callbacks=[Record(arguments.results, (width, samples, seed), state, data, end)],
     )
     last = None if state is None else state / "last.ckpt"
     trainer.fit(module, datamodule=data, ckpt_path=last if last is not None and last.exists() else None)
 
 
 def table(path: Path) -> str:
-    """Test accuracy after some sweeps, by size: mean, lowest and highest of the seeds."""
-    rows = read(path)
-    lines = [
-        "| network | samples | seeds | sweeps | test accuracy % (lowest - highest) | seconds a sweep |",
-        "|" + " --- |" * 6,
-    ]
-    for width, samples in dict.fromkeys((r["width"], r["samples"]) for r in rows):
-        sized = [r for r in rows if (r["width"], r["samples"]) == (width, samples)]
-        for sweep in sorted({1, 2, 4, 10, 15, 50, int(max(r["sweep"] for r in sized))}):
-            found = [r for r in sized if r["sweep"] == sweep]
-            if not found:
-                continue
-            accuracies = [100 * r["accuracy"] for r in found]
-            seconds = statistics.median(r["seconds"] for r in sized)
-            lines.append(
-                f"| 784-{width:.0f}x3-10 | {samples:.0f} | {len(found)} | {sweep} | {statistics.mean(accuracies):.2f} "
-                f"({min(accuracies):.2f} - {max(accuracies):.2f}) | {seconds:.1f} |"
-            )
-    return "\n".join(lines)
+    """Test accuracy after some sweeps, by size: means over seeds with 95 % intervals, lowest and highest."""
+    rows = read(path, Row)
+    lines = []
+    for width, samples in dict.fromkeys((r.width, r.samples) for r in rows):
+        sized = [r for r in rows if (r.width, r.samples) == (width, samples)]
+        seconds = statistics.median(r.seconds for r in sized)
+        for sweep in sorted({1, 2, 4, 10, 15, 50, max(r.sweep for r in sized)}):
+            found = [100 * r.accuracy for r in sized if r.sweep == sweep]
+            if found:
+                shown = f"{interval(found)} ({min(found):.2f} to {max(found):.2f})"
+                lines.append((f"784-{width}x3-10", samples, len(found), sweep, shown, f"{seconds:.1f}"))
+    columns = ("network", "samples", "seeds", "sweeps", "test accuracy % (lowest to highest)", "seconds a sweep")
+    return markdown(columns, lines)
 
 
 def main() -> None:
