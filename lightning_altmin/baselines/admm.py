@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.baselines.offline import Layer, OfflineModule, Variables, forward_variables
-from lightning_altmin.baselines.output_losses import Hinge, OutputLoss
+from lightning_altmin.baselines.output_losses import Hinge, OutputLoss, check_output_loss
 from lightning_altmin.codes.elementwise import activation_move
 from lightning_altmin.metrics import Metrics
 from lightning_altmin.weights.ridge import ridge_solution
@@ -37,6 +37,7 @@ class ADMMModule(OfflineModule):
 
     Raises:
         ValueError: If a setting is out of its range, or the network is something else or has a frozen layer.
+        TypeError: If the loss has no proximal operator.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ADMMModule(OfflineModule):
         metrics: Metrics | None = None,
     ) -> None:
         loss = Hinge() if loss is None else loss
+        check_output_loss(loss, type(self).__name__)
         super().__init__(network, loss, metrics)
         for name, value in (("beta", beta), ("gamma", gamma), ("ridge", ridge)):
             if not 0 < value < float("inf"):

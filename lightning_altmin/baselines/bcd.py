@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin.baselines.offline import Layer, OfflineModule, Variables, forward_variables
-from lightning_altmin.baselines.output_losses import OutputLoss, SquaredError
+from lightning_altmin.baselines.output_losses import OutputLoss, SquaredError, check_output_loss
 from lightning_altmin.codes.elementwise import activation_move
 from lightning_altmin.metrics import Metrics
 
@@ -37,6 +37,7 @@ class BCDModule(OfflineModule):
 
     Raises:
         ValueError: If a price is not positive, or the network is something else or has a frozen layer.
+        TypeError: If the loss has no proximal operator.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class BCDModule(OfflineModule):
         metrics: Metrics | None = None,
     ) -> None:
         loss = SquaredError() if loss is None else loss
+        check_output_loss(loss, type(self).__name__)
         super().__init__(network, loss, metrics)
         for name, value in (("gamma", gamma), ("rho", rho), ("alpha", alpha)):
             if not 0 < value < float("inf"):

@@ -67,7 +67,7 @@ class MACModule(OfflineModule):
             raise ValueError(f"growth must be a number >= 1, got {growth}")
         check_count("every", every)
         check_count("iterations", iterations)
-        self.growth, self.every, self.iterations = growth, every, iterations
+        self.first_mu, self.growth, self.every, self.iterations = mu, growth, every, iterations
         self.register_buffer("mu", torch.tensor(float(mu), dtype=torch.float64))
 
     def begin(self, x: Tensor, y: Tensor) -> Variables:
@@ -97,6 +97,12 @@ class MACModule(OfflineModule):
         """Put coordinates at the values of the forward pass, where E is the network's loss, and refit the output."""
         self.variables["z"] = forward_variables(self.layers, x)[1][:-1]
         self._lower_layer(len(self.layers) - 1, x, y, self.variables["z"])
+
+    def on_fit_start(self) -> None:
+        """Begin with the first ``mu``, unless a run goes on."""
+        super().on_fit_start()
+        if not self.resuming:
+            self.mu.fill_(self.first_mu)
 
     @torch.no_grad()
     def on_train_end(self) -> None:

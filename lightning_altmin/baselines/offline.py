@@ -157,7 +157,7 @@ class OfflineModule(SupervisedModule, ABC):
         kept, labels = self._samples
         if not self.variables:
             self.variables = self.begin(kept, labels)
-        if x.shape != kept.shape or not torch.isclose(_total(x), _total(kept), rtol=1e-9, atol=0.0):
+        if x.shape != kept.shape or not torch.allclose(_energies(x), _energies(kept), rtol=1e-9, atol=0.0):
             raise ValueError(
                 f"the batch of shape {tuple(x.shape)} does not hold the samples of the first one, of shape "
                 f"{tuple(kept.shape)}: {type(self).__name__} keeps variables of every sample, so each batch must be "
@@ -186,8 +186,12 @@ class OfflineModule(SupervisedModule, ABC):
             self._samples, self.variables = None, {}
 
     def on_train_start(self) -> None:
-        """Refuse loaders of more than one batch."""
+        """Refuse loaders of more than one batch; put what a checkpoint brought, on the CPU, beside the weights."""
         super().on_train_start()
+        if self._samples is not None:
+            x, y = self._samples
+            self._samples = x.to(self.device), y.to(self.device)
+        self.variables = {name: [t.to(self.device) for t in ts] for name, ts in self.variables.items()}
         if self.trainer.num_training_batches > 1:
             raise MisconfigurationException(
                 f"train_dataloader has {self.trainer.num_training_batches} batches; {type(self).__name__} needs the "
@@ -216,5 +220,9 @@ def forward_variables(layers: list[Layer], x: Tensor) -> tuple[list[Tensor], lis
     return before, after
 
 
-def _total(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.float64)
+def _energies(x: Tensor) -> Tensor:
+    """Sums of squares by input: the same for the same samples in any order, up to rounding.
+
+    Nothing cancels in them, as it would in the sums of centred inputs, and a flipped image has others.
+    """
+    return x.square().sum(0, dtype=torch.float64)

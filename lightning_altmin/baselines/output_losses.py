@@ -63,7 +63,34 @@ class Hinge(OutputLoss):
         return torch.where(_one_hot(centre, target) > 0.5, up, down)
 
 
+def check_output_loss(loss: object, name: str) -> None:
+    """Refuse a loss without a proximal operator, such as ``nn.CrossEntropyLoss``.
+
+    Args:
+        loss: What was given.
+        name: The method that needs the operator.
+
+    Raises:
+        TypeError: If it is no `OutputLoss`.
+    """
+    if not isinstance(loss, OutputLoss):
+        known = " or ".join(f"{kind.__name__}()" for kind in OutputLoss.__subclasses__())
+        raise TypeError(f"loss of {name} needs a proximal operator; give {known}, got {loss!r}")
+
+
 def _one_hot(output: Tensor, target: Tensor) -> Tensor:
-    if target.is_floating_point() or target.shape == output.shape:
+    if target.shape == output.shape:
         return target.to(output.dtype)
-    return functional.one_hot(target, output.shape[1]).to(output.dtype)
+    samples, outputs = output.shape
+    if target.is_floating_point() or target.shape != (samples,):
+        raise ValueError(
+            f"targets must be {samples} class indices, or numbers of the output's shape {tuple(output.shape)} "
+            f"(y.unsqueeze(1) for a single output), got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if not bool(((target >= 0) & (target < outputs)).all()):
+        raise ValueError(
+            f"class indices must lie in 0 to {outputs - 1}, one for each output of the network, got "
+            f"{int(target.min())} to {int(target.max())}; widen the last layer, or give a single output numbers of "
+            f"shape {(samples, 1)}"
+        )
+    return functional.one_hot(target.long(), outputs).to(output.dtype)

@@ -78,6 +78,34 @@ def test_a_second_fit_begins_anew() -> None:
     assert module.variables["u"][0].shape[0] == 12
 
 
+def test_a_second_fit_begins_with_the_first_penalty() -> None:
+    """Catches a schedule of mu that goes on where an earlier run ended: 0.5 * 2 * 2, and again."""
+    module = MACModule(network(), mu=0.5, growth=2.0, every=1)
+    for _ in range(2):
+        trainer(max_epochs=2).fit(module, loader(12, batch_size=12))
+        assert float(module.mu) == 2.0
+
+
+def test_centred_samples_are_known_in_any_order() -> None:
+    """Catches samples recognised by sums that are nothing but rounding, which another order changes."""
+    x, y = samples(40)
+    x = x.double()
+    data = TensorDataset((x - x.mean(0)) / x.std(0), y)
+    shuffled = DataLoader(data, batch_size=40, shuffle=True)
+    trainer(max_epochs=8, precision="64-true").fit(BCDModule(network().double()), shuffled)
+
+
+def test_what_a_checkpoint_brought_is_put_beside_the_weights() -> None:
+    """Catches samples and variables that stay on the CPU, where Lightning loads them, below weights on a device."""
+    module = MACModule(network())
+    module.trainer = trainer()
+    module.trainer.fit_loop.epoch_loop.max_batches = module.trainer.fit_loop.max_batches = 1
+    module._samples, module.variables = (torch.ones(4, 6), torch.zeros(4)), {"z": [torch.ones(4, 5)]}
+    module.to("meta").on_train_start()
+    kept = [*module._samples, *module.variables["z"]]  # type: ignore[misc]
+    assert {tensor.device.type for tensor in kept} == {"meta"}
+
+
 def test_several_batches_are_refused() -> None:
     """Catches a run whose variables belong to whichever batch came first."""
     with pytest.raises(MisconfigurationException, match="5 batches; BCDModule needs the whole training set in one"):

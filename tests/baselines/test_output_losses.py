@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_altmin.baselines import Hinge, OutputLoss, SquaredError
-from tests.baselines.tiny import CLASSES, SAMPLES, elementwise_minimum, one_hot, samples
+from lightning_altmin.baselines import ADMMModule, BCDModule, Hinge, OutputLoss, SquaredError
+from tests.baselines.tiny import CLASSES, SAMPLES, elementwise_minimum, one_hot, perceptron, samples
 
 
 def squared(v: Tensor, wanted: Tensor) -> Tensor:
@@ -48,3 +48,33 @@ def test_values_are_sums_over_outputs_and_means_over_samples(loss: OutputLoss, w
     )
     assert float(loss.total(output, y)) == pytest.approx(by_hand, rel=1e-12)
     assert float(loss(output, y)) == pytest.approx(by_hand / SAMPLES, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", [ADMMModule, BCDModule])
+def test_losses_without_a_proximal_operator_are_refused(method: type[ADMMModule] | type[BCDModule]) -> None:
+    """Catches a loss that fails in the first sweep, by the name of a method that the user has never heard of."""
+    with pytest.raises(TypeError, match=f"loss of {method.__name__} needs a proximal operator; give .*SquaredError"):
+        method(perceptron(), loss=nn.CrossEntropyLoss())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Hinge()])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(4), r"4 class indices, or numbers of the output's shape \(4, 3\).*float32 of shape \(4,\)"),
+        (torch.zeros(4, 1), r"got torch.float32 of shape \(4, 1\)"),
+        (torch.zeros(5, dtype=torch.long), r"got torch.int64 of shape \(5,\)"),
+        (torch.tensor([0, 1, 2, 3]), "lie in 0 to 2, one for each output of the network, got 0 to 3"),
+        (torch.tensor([0, 1, 2, -1]), "got -1 to 2"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(loss: OutputLoss, target: Tensor, message: str) -> None:
+    """Catches targets that are broadcast to other samples' outputs, and labels that no output stands for."""
+    with pytest.raises(ValueError, match=message):
+        loss(torch.zeros(4, 3), target)
+
+
+def test_labels_may_be_of_any_integer_type() -> None:
+    """Catches labels in bytes, as a label file holds them, that only 64 bits would fit."""
+    output, y = torch.randn(3, 3), torch.tensor([2, 0, 1])
+    assert torch.equal(SquaredError().total(output, y.to(torch.uint8)), SquaredError().total(output, y))
