@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lightning_altmin.codes.elementwise import is_invertible
-from lightning_altmin.engines import has_own_forward
+from lightning_altmin.engines import runs_more_than_its_type
 from lightning_altmin.stage import Stage
 
 _RESHAPES = (nn.Flatten, nn.Identity)  # Identity is both: an activation that need not be inverted
@@ -19,11 +19,13 @@ def activation_of(transfer: Iterable[nn.Module]) -> nn.Module:
     return found[0] if found else nn.Identity()  # `next(..., default)`: not traced by torch 2.8
 
 
-def odd_modules(stage: Stage) -> list[nn.Module]:
-    """What the stage has besides; nothing, if it is such a stage."""
+def odd_modules(stage: Stage) -> list[str]:
+    """What the stage has besides, described; nothing, if it is such a stage."""
     activations, affine = _activations(stage.transfer), list(stage.affine)
     odd = [m for m in activations if not is_invertible(m)] + activations[1:]
-    return odd + [m for m in affine if type(m) is not nn.Linear or has_own_forward(m)] + affine[1:]
+    odd += [m for m in affine if type(m) is not nn.Linear] + affine[1:]
+    more = [m for m in (*stage.transfer, *affine) if runs_more_than_its_type(m)]
+    return [str(m) for m in odd] + [f"{m} with a forward or hooks of its own" for m in more]
 
 
 def _activations(transfer: Iterable[nn.Module]) -> list[nn.Module]:

@@ -80,11 +80,16 @@ class StreamDataModule(LightningDataModule):
 
     @abstractmethod
     def check_trainer(self, trainer: Trainer) -> None:
-        """Refuse a Trainer that would not train the stream as it is.
+        """Refuse a Trainer that would not train the stream as it is; here, one that counts steps.
 
         Raises:
             MisconfigurationException: Naming the flag and its right value.
         """
+        if trainer.max_steps != -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"Trainer(max_steps={trainer.max_steps}) would end wherever in the stream that step is; leave it out, "
+                f"and for a part of the stream use {type(self).__name__}(stream.first(n))"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -296,7 +301,11 @@ class TaskStreamDataModule(StreamDataModule):
         return {"max_epochs": len(self.stream) * self.epochs_per_task, "reload_dataloaders_every_n_epochs": 1}
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Refuse a Trainer that does not reload loaders every epoch, or ends before the stream does."""
+        """Refuse a Trainer that does not reload loaders every epoch, or ends before the stream does.
+
+        ``limit_train_batches`` is allowed: it shortens the epochs, and each task has its own.
+        """
+        super().check_trainer(trainer)
         reload = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if reload != 1:
             raise MisconfigurationException(

@@ -58,16 +58,18 @@ class OnlineTaskStreamDataModule(StreamDataModule):
         return {"max_epochs": 1}
 
     def check_trainer(self, trainer: Trainer) -> None:
-        """Refuse a Trainer that passes over the stream more than once."""
+        """Refuse a Trainer that passes over the stream more than once, or not over all of it."""
+        super().check_trainer(trainer)
         if trainer.max_epochs != 1:
             raise MisconfigurationException(
                 f"OnlineTaskStreamDataModule needs Trainer(max_epochs=1), got {trainer.max_epochs}: it passes once; "
                 "use TaskStreamDataModule(epochs_per_task=...) for several epochs"
             )
-
-        if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        whole = isinstance(limit, float) and limit == 1.0  # the number 1 is one batch
+        if not whole and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
-                f"Trainer(limit_train_batches={trainer.limit_train_batches}) would cut the stream short, for the whole "
+                f"Trainer(limit_train_batches={limit}) would cut the stream short, for the whole "
                 "of it is one epoch; use stream.first(n) or tasks with fewer samples"
             )
 

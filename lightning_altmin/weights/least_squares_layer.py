@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_altmin.engines import Gradients, has_own_forward
+from lightning_altmin.engines import Gradients, runs_more_than_its_type
 from lightning_altmin.stage import Stage
 
 _CHUNK = 2**23  # entries of a convolution's unfolded input that are held at once
@@ -131,10 +131,10 @@ def least_squares_layer(stage: Stage) -> LeastSquaresLayer:
         raise ValueError(
             f"a memory needs Linear or Conv2d layers, but stage {stage.name!r} has {type(layer).__name__}; {remedy}"
         )
-    if has_own_forward(layer):
+    if runs_more_than_its_type(layer):
         raise ValueError(
             f"a memory solves for the weights of {type(layer).__name__}.forward, but the layer of stage "
-            f"{stage.name!r} has a forward of its own, set on the instance; {remedy}"
+            f"{stage.name!r} has a forward of its own, set on the instance, or hooks; {remedy}"
         )
     if layer._parameters.get("weight") is None:
         raise ValueError(

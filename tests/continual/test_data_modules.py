@@ -313,11 +313,12 @@ def test_a_trainer_that_would_train_another_stream_is_refused() -> None:
     """Catches flags with which the wrong task is trained after a resume, or the stream is cut short."""
     data = TaskStreamDataModule(blob_stream(), epochs_per_task=2)
     assert data.trainer_kwargs() == {"max_epochs": 6, "reload_dataloaders_every_n_epochs": 1}
-    for flag, value in (("reload_dataloaders_every_n_epochs", 2), ("max_epochs", 5), ("overfit_batches", 1)):
+    never: list[tuple[str, Any]] = [("overfit_batches", 1), ("max_steps", 5)]
+    for flag, value in [("reload_dataloaders_every_n_epochs", 2), ("max_epochs", 5), *never]:
         with pytest.raises(MisconfigurationException, match=flag):
             fit(backprop(), data, **{flag: value})
     online = OnlineTaskStreamDataModule(blob_stream())
-    for flag, value in (("max_epochs", 2), ("overfit_batches", 1), ("limit_train_batches", 3)):
+    for flag, value in [("max_epochs", 2), ("limit_train_batches", 1), ("limit_train_batches", 0.5), *never]:
         with pytest.raises(MisconfigurationException, match=flag):
             fit(backprop(), online, **{flag: value})
 

@@ -96,7 +96,7 @@ def test_a_step_is_the_projected_gradient(altmin: bool) -> None:
             callback.moments, callback.tasks = {name: moments}, 2
 
     data = TaskStreamDataModule(stream, batch_size=48)
-    fit(module_of(network, altmin), data, Plant(), callback, max_steps=1)
+    fit(module_of(network, altmin), data, Plant(), callback)
     gradient = ((rows @ start.t()).softmax(1) - functional.one_hot(y, 6)).t() @ rows / 48
     rho = 0.4 * moments.diagonal().mean() / 2
     projection = rho * torch.linalg.inv(moments + rho * torch.eye(13, dtype=torch.float64))
@@ -185,3 +185,26 @@ def test_hidden_layers_are_protected_below_a_memory() -> None:
     callback = OrthogonalWeights(layers=["core.network.0"])
     fit(AltMinModule(small_network(), weights=weights), blob_data(), callback)
     assert list(callback.moments) == ["core.network.0"]
+
+
+class _WithAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention, self.last = nn.Linear(8, 4), nn.MultiheadAttention(4, 1), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        out: Tensor = self.last(self.attention(h, h, h)[0])
+        return out
+
+
+def test_layers_that_are_never_called_are_an_error() -> None:
+    """Catches a layer whose weights attention reads without calling it: of no inputs, the projection is zero, and the
+    layer would be frozen from the second task on.
+    """
+    module = BackpropModule(_WithAttention(), optimizer=sgd())
+    with pytest.raises(ValueError, match=r"no input of the layers \['network.attention.out_proj'\].*layers=\[...\]"):
+        fit(module, blob_data(), OrthogonalWeights())
+    named = OrthogonalWeights(layers=["network.first", "network.last"])
+    fit(BackpropModule(_WithAttention(), optimizer=sgd()), blob_data(), named)
+    assert list(named.moments) == ["network.first", "network.last"]

@@ -22,7 +22,7 @@ from lightning_altmin.weights import LocalGradient
 from tests.continual.problems import backprop, blob_data, blob_stream, fit, small_network
 from tests.continual.recording import SaveAt, state_of
 from tests.module.interruption import assert_equal
-from tests.module.problems import weights
+from tests.module.problems import trainer, weights
 
 
 class SoftmaxRegression(BackpropModule):
@@ -90,7 +90,7 @@ def test_the_penalty_is_added_to_the_gradient(altmin: bool) -> None:
 
         plant = Plant()
         stop = TaskStreamDataModule(blob_stream().first(1), batch_size=48)
-        fit(module, stop, plant, ewc, max_steps=1)
+        fit(module, stop, plant, ewc)
         ends.append(({n: p.detach().clone() for n, p in module.named_parameters()}, plant, ewc))
     plain, (penalised, plant, ewc) = ends[0][0], ends[1]
     g = torch.Generator().manual_seed(1)
@@ -165,6 +165,19 @@ def test_penalties_resume(penalty: Any, call: int, altmin: bool, tmp_path: Path)
         saver = SaveAt("on_train_batch_end", call if ckpt is None else -1, path)
         ends.append(state_of(fit(module, blob_data(), penalty(), saver, ckpt=ckpt)))
     assert_equal(ends[0], ends[1])
+
+
+@pytest.mark.parametrize("kind", [OnlineEWC, SynapticIntelligence])
+def test_what_a_checkpoint_brought_is_put_beside_the_weights(kind: Any) -> None:
+    """Catches importances, anchors or a path that stay on the CPU, where Lightning loads them, below other weights."""
+    module, callback = backprop(), kind()
+    saved = callback.state_dict()
+    assert saved  # of tensors by parameter name
+    of_parameters = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    callback.load_state_dict({key: dict(of_parameters) for key in saved})
+    callback.on_train_start(trainer(), module.to("meta"))
+    for tensors in callback.state_dict().values():
+        assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
 
 
 def test_a_strong_penalty_holds_the_weights() -> None:

@@ -100,20 +100,42 @@ def test_looking_at_the_split_updates_no_buffer() -> None:
         assert float(module.block.calls) == batches
 
 
+def _own_forward(module: nn.Sequential) -> None:
+    module[2].forward = MethodType(lambda self, x: 2 * x @ self.weight.t(), module[2])
+
+
+def _own_activation(module: nn.Sequential) -> None:
+    module[1].forward = MethodType(lambda self, x: x.relu(), module[1])
+
+
+def _hook(module: nn.Sequential) -> None:
+    module[2].register_forward_hook(lambda layer, inputs, output: 2 * output)
+
+
+def _memory() -> dict[str, Any]:
+    return {"weights": CoactivationMemory()}
+
+
+def _codes() -> dict[str, Any]:
+    return {"codes": LeastSquaresCodes()}
+
+
 @pytest.mark.parametrize(
-    ("solver", "match"),
+    ("change", "solver", "match"),
     [
-        (lambda: {"weights": CoactivationMemory()}, "forward of its own"),
-        (lambda: {"codes": LeastSquaresCodes()}, "needs one activation"),
+        (_own_forward, _memory, "forward of its own"),
+        (_hook, _memory, "or hooks"),
+        (_own_forward, _codes, r"Linear\(.* with a forward or hooks of its own"),
+        (_own_activation, _codes, r"Tanh\(\) with a forward or hooks of its own"),
+        (_hook, _codes, r"Linear\(.* with a forward or hooks of its own"),
     ],
-    ids=["memory", "codes"],
 )
-def test_least_squares_refuses_a_layer_with_a_forward_of_its_own(
-    solver: Callable[[], dict[str, Any]], match: str
+def test_least_squares_refuses_a_layer_that_computes_more_than_its_type(
+    change: Callable[[nn.Sequential], None], solver: Callable[[], dict[str, Any]], match: str
 ) -> None:
-    """Catches least squares for W x where the layer computes something else."""
+    """Catches least squares for W x, or the inverse of tanh, where the module computes something else."""
     module = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     AltMin(module, nn.CrossEntropyLoss(), **solver())
-    module[2].forward = MethodType(lambda self, x: 2 * x @ self.weight.t(), module[2])
+    change(module)
     with pytest.raises(ValueError, match=match):
         AltMin(module, nn.CrossEntropyLoss(), **solver())

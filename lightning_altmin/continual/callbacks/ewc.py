@@ -65,7 +65,7 @@ class OnlineEWC(QuadraticPenalty):
         fisher = self.information(trainer, pl_module, task)
         for name, value in fisher.items():
             before = self.importance.get(name)
-            self.importance[name] = value if before is None else self.gamma * before.to(value.device) + value
+            self.importance[name] = value if before is None else self.gamma * before + value
         self.anchor = copies(pl_module)
 
     def information(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> Tensors:

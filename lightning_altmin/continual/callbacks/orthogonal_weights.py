@@ -58,7 +58,7 @@ class OrthogonalWeights(Callback):
         tasks: How many tasks are in them.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; at the end of a task if a protected layer was never called.
     """
 
     def __init__(
@@ -121,7 +121,11 @@ class OrthogonalWeights(Callback):
 
     @torch.no_grad()
     def second_moments(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> Tensors:
-        """Mean of ``a a^T`` over a task's training samples and positions, by layer name."""
+        """Mean of ``a a^T`` over a task's training samples and positions, by layer name.
+
+        Raises:
+            ValueError: If a layer is never called.
+        """
         layers = self._protected(pl_module)
         sums = {name: _zeros(layer) for name, layer in layers.items()}
         with evaluating(pl_module), _observed(layers, sums):
@@ -131,6 +135,12 @@ class OrthogonalWeights(Callback):
         if trainer.world_size > 1:
             reduced: Any = {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in sums.items()}
             sums = reduced
+        if unseen := [name for name, total in sums.items() if not bool(total[-1, 0])]:
+            # Their moments are zero, so is the projection made of them, and they would stay frozen from here on.
+            raise ValueError(
+                f"OrthogonalWeights saw no input of the layers {unseen}: the forward pass reads their weights without "
+                "calling them, as attention does, or does not use them; name the others in layers=[...]"
+            )
         return {name: total[:-1] / total[-1, 0].clamp_min(1) for name, total in sums.items()}
 
     @property

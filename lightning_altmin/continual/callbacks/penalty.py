@@ -53,6 +53,10 @@ class QuadraticPenalty(Callback):
         refuse_several_weight_steps(pl_module, self)
         self.importance, self.anchor = {}, {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put what a checkpoint brought, on the CPU, beside the parameters."""
+        self.importance, self.anchor = placed(self.importance, pl_module), placed(self.anchor, pl_module)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Edit the gradients."""
         self.add_penalty(pl_module)
@@ -65,9 +69,6 @@ class QuadraticPenalty(Callback):
         for name, parameter in trained(pl_module).items():
             if parameter.grad is None or name not in self.importance:
                 continue
-            if self.importance[name].device != parameter.device:  # loaded from a checkpoint
-                self.importance[name] = self.importance[name].to(parameter.device)
-                self.anchor[name] = self.anchor[name].to(parameter.device)
             parameter.grad.addcmul_(self.importance[name], parameter - self.anchor[name], value=self.strength)
 
     @property
@@ -82,6 +83,12 @@ class QuadraticPenalty(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them over."""
         self.importance, self.anchor = dict(state_dict["importance"]), dict(state_dict["anchor"])
+
+
+def placed(tensors: Tensors, pl_module: LightningModule) -> Tensors:
+    """Tensors by parameter name, each on its parameter's device."""
+    parameters = dict(pl_module.named_parameters())
+    return {name: tensor.to(parameters[name].device) for name, tensor in tensors.items()}
 
 
 def trained(pl_module: LightningModule) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_altmin.continual.callbacks.penalty import QuadraticPenalty, Tensors, copies, trained
+from lightning_altmin.continual.callbacks.penalty import QuadraticPenalty, Tensors, copies, placed, trained
 from lightning_altmin.continual.task import Task
 
 
@@ -45,6 +45,11 @@ class SynapticIntelligence(QuadraticPenalty):
         if stage == "fit":
             self._path, self._start, self._step = {}, {}, {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for the path so far."""
+        super().on_train_start(trainer, pl_module)
+        self._path, self._start = placed(self._path, pl_module), placed(self._start, pl_module)
+
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """The path of a task begins at the weights as they are."""
         self._start = copies(pl_module)
@@ -72,10 +77,10 @@ class SynapticIntelligence(QuadraticPenalty):
         """Turn the path into importance."""
         self.anchor = copies(pl_module)
         for name, path in self._path.items():
-            change = self.anchor[name] - self._start[name].to(path.device)
+            change = self.anchor[name] - self._start[name]
             added = path.clamp_min(0) / (change.square() + self.damping)
             before = self.importance.get(name)
-            self.importance[name] = added if before is None else before.to(added.device) + added
+            self.importance[name] = added if before is None else before + added
 
     @property
     def state_bytes(self) -> int:
