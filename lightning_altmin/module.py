@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_altmin.altmin import AltMin
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.codes import CodeSolver
 from lightning_altmin.guard import NonFiniteError, Policy
 from lightning_altmin.metrics import Metrics
@@ -48,8 +49,8 @@ class AltMinModule(SupervisedModule):
     """A LightningModule trained by online alternating minimization; use it as it is, or subclass it.
 
     Args:
-        network: The network, trained in place; see `CodedNetwork` for what can be split. ``None`` calls
-            `build_network`, which a subclass overrides.
+        network: The network, or a list of blocks, trained in place; see `CodedNetwork` for what can be split. ``None``
+            calls `build_network`, which a subclass overrides.
         loss: ``loss(output, target)``, a mean over the batch; cross-entropy if not given.
         codes: How codes are moved; `CurvatureCodes` if not given.
         weights: How weights are changed; `LocalGradient` with its defaults if not given.
@@ -75,7 +76,7 @@ class AltMinModule(SupervisedModule):
 
     def __init__(
         self,
-        network: nn.Module | CodedNetwork | None = None,
+        network: nn.Module | CodedNetwork | Sequence[nn.Module] | None = None,
         loss: nn.Module | Callable[[Tensor, Any], Tensor] | None = None,
         codes: CodeSolver | None = None,
         weights: WeightSolver | None = None,
@@ -327,5 +328,9 @@ class AltMinModule(SupervisedModule):
             raise ValueError(
                 f"gradient_clip_norm names unknown layers {sorted(unknown)}; the network has {sorted(names)}"
             )
-        if any(bound is not None and not (isinstance(bound, int | float) and bound > 0) for bound in bounds.values()):
-            raise ValueError(f"gradient_clip_norm must be a positive number, or numbers by layer name, got {clip}")
+        for name, bound in bounds.items():
+            if bound is not None and bound != math.inf:
+                if isinstance(clip, Mapping):
+                    check_number(f"gradient_clip_norm[{name!r}]", bound, above=0)
+                else:
+                    check_number("gradient_clip_norm", bound, above=0, otherwise="numbers by layer name")

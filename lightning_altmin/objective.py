@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.losses import LossAt
 
 
@@ -41,11 +40,9 @@ class AltMinObjective(nn.Module):
 
     def __init__(self, mu: float = 5.0, lambda_c: float = 0.0, lambda_w: float = 0.0) -> None:
         super().__init__()
-        if not (math.isfinite(mu) and mu > 0):
-            raise ValueError(f"mu must be a positive number, got {mu}")
-        for name, value in (("lambda_c", lambda_c), ("lambda_w", lambda_w)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a number >= 0, got {value}")
+        check_number("mu", mu, above=0)
+        check_number("lambda_c", lambda_c, least=0)
+        check_number("lambda_w", lambda_w, least=0)
         self.register_buffer("mu", torch.tensor(float(mu), dtype=torch.float64))
         self.lambda_c = float(lambda_c)
         self.lambda_w = float(lambda_w)

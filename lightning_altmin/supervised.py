@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.losses import local_loss
 from lightning_altmin.metrics import Metrics, metric_collection
 from lightning_altmin.trainer.checkpoint_files import check_checkpoints, damage_named
@@ -51,8 +52,7 @@ class SupervisedModule(ExactResume):
             )
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
-        if lr_frequency != int(lr_frequency) or lr_frequency < 1:
-            raise ValueError(f"lr_frequency must be an integer >= 1, got {lr_frequency}")
+        check_count("lr_frequency", lr_frequency)
         self._local_loss = local_loss(loss)
         self._loss_name = _describe_loss(loss)
         collection = metric_collection(metrics, loss)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_altmin.altmin import AltMin
+from lightning_altmin.arguments import check_number
 from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_dealt_out
 from lightning_altmin.callbacks.dead_units import alive_units
 from lightning_altmin.callbacks.layer_watch import LayerWatch
@@ -54,14 +54,14 @@ class CodeMonitor(LayerWatch):
 
     def __init__(self, every_n_steps: int = 50, dead_slope: float = 1e-3) -> None:
         super().__init__(every_n_steps)
-        if not (math.isfinite(dead_slope) and dead_slope >= 0):
-            raise ValueError(f"dead_slope must be a number >= 0, got {dead_slope}")
+        check_number("dead_slope", dead_slope, least=0)
         self.dead_slope = dead_slope
         self._before: CodedNetwork | None = None  # a copy at the weights before the weight step of a measured batch
         self._asked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             altmin_module(pl_module, self)
             refuse_dealt_out(trainer, self)

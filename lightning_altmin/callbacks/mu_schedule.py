@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.callbacks.altmin_access import core_of
 
 
@@ -37,12 +37,10 @@ class MuSchedule(Callback):
         maximum: float | None = None,
         every: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        if not (math.isfinite(add) and add >= 0):
-            raise ValueError(f"add must be a number >= 0, got {add}")
-        if not (math.isfinite(multiply) and multiply >= 1):
-            raise ValueError(f"multiply must be a number >= 1, got {multiply}")
-        if maximum is not None and not (math.isfinite(maximum) and maximum > 0):
-            raise ValueError(f"maximum must be a positive number, or None for no cap, got {maximum}")
+        check_number("add", add, least=0)
+        check_number("multiply", multiply, least=1)
+        if maximum is not None:
+            check_number("maximum", maximum, above=0, otherwise="None for no cap")
         if every not in ("epoch", "step"):
             raise ValueError(f"every must be 'epoch' or 'step', got {every!r}")
         self.add = add

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 _DECAY = 0.8  # of the estimate per measurement where the curvature falls; where it rises, the rise counts at once
@@ -51,8 +51,7 @@ class CurvatureCodes(CodeSolver):
 
     def __init__(self, share: float = 0.05, steps: int = 1, every: int = 10) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {share}")
+        check_number("share", share, above=0, most=1)
         for name, value in (("steps", steps), ("every", every)):
             check_count(name, value)
         self.share = share

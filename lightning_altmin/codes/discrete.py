@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 from lightning_altmin.codes.curvature import CurvatureCodes
 from lightning_altmin.engines import StageEngine, has_closed_form, stage_engine
@@ -56,8 +56,7 @@ class DiscreteCodes(CodeSolver):
         super().__init__()
         check_count("flips", flips, 0)
         check_count("rounds", rounds)
-        if not (math.isfinite(margin) and margin > 0):
-            raise ValueError(f"margin must be a positive number, got {margin}")
+        check_number("margin", margin, above=0)
         if smooth is not None and not isinstance(smooth, CodeSolver):
             raise TypeError(f"smooth must be a CodeSolver, got {smooth!r}")
         self.flips, self.rounds, self.margin = flips, rounds, margin

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 
@@ -47,14 +45,12 @@ class GradientCodes(CodeSolver):
     ) -> None:
         super().__init__()
         check_count("steps", steps)
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr must be a positive number, got {lr}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        check_number("lr", lr, above=0)
+        check_number("momentum", momentum, least=0, below=1)
         if nesterov and momentum == 0:
             raise ValueError("nesterov=True needs momentum > 0, got momentum=0")
-        if tol is not None and not 0 < tol < 1:
-            raise ValueError(f"tol must lie in (0, 1), or be None for a fixed number of steps, got {tol}")
+        if tol is not None:
+            check_number("tol", tol, above=0, below=1, otherwise="None for a fixed number of steps")
         self.steps = steps
         self.momentum = momentum
         self.nesterov = nesterov

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 from lightning_altmin.codes.elementwise import INVERTIBLE, activation_move
 from lightning_altmin.codes.plain_layer import activation_of, odd_modules
@@ -45,9 +46,8 @@ class LeastSquaresCodes(CodeSolver):
 
     def __init__(self, damping: float = 1.0, weight: float = 0.1) -> None:
         super().__init__()
-        for name, value in (("damping", damping), ("weight", weight)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number, got {value}")
+        check_number("damping", damping, above=0)
+        check_number("weight", weight, above=0)
         self.damping = damping
         self.weight = weight
 

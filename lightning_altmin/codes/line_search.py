@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 
@@ -36,8 +36,7 @@ class LineSearchCodes(CodeSolver):
     def __init__(self, steps: int = 1, relaxation: float = 1.0) -> None:
         super().__init__()
         check_count("steps", steps)
-        if not 0 < relaxation <= 1:
-            raise ValueError(f"relaxation must lie in (0, 1], got {relaxation}")
+        check_number("relaxation", relaxation, above=0, most=1)
         self.steps = steps
         self.relaxation = relaxation
 

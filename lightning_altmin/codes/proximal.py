@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.codes.base import CodeProblem, CodeSolver
 
 
@@ -37,8 +37,7 @@ class ProximalCodes(CodeSolver):
     def __init__(self, steps: int = 10, lr: float = 0.2, accelerated: bool = True) -> None:
         super().__init__()
         check_count("steps", steps)
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr must be a positive number, got {lr}")
+        check_number("lr", lr, above=0)
         self.steps = steps
         self.accelerated = accelerated
         # A buffer, so that a schedule can change the rate in place and a checkpoint keeps it.

@@ -5,7 +5,8 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_altmin.nn.arguments import check_image_size, check_positive_int, check_positive_ints
+from lightning_altmin.arguments import check_count
+from lightning_altmin.nn.arguments import check_counts, check_image_size
 from lightning_altmin.nn.sequence import LayerSequence
 
 
@@ -27,8 +28,8 @@ class ConvNet(LayerSequence):
         image_size: Height and width of the images in pixels; at least ``2 ** len(channels)``.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a size is too small, ``channels`` is empty or ``head`` is unknown.
+        TypeError: If ``channels`` is no list.
+        ValueError: If a size is not an integer or too small, ``channels`` is empty or ``head`` is unknown.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class ConvNet(LayerSequence):
         head: Literal["flatten", "average"] = "flatten",
         image_size: int = 32,
     ) -> None:
-        check_positive_int("in_channels", in_channels)
-        check_positive_int("num_classes", num_classes)
-        check_positive_int("convs_per_block", convs_per_block)
-        blocks = check_positive_ints("channels", channels)
+        check_count("in_channels", in_channels)
+        check_count("num_classes", num_classes)
+        check_count("convs_per_block", convs_per_block)
+        blocks = check_counts("channels", channels)
         if not blocks:
             raise ValueError("channels must name at least one block, such as [32, 64, 128], got an empty list")
         if head not in ("flatten", "average"):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.nn.activation import activation_class
-from lightning_altmin.nn.arguments import check_positive_int
 
 
 class StepInput(nn.Module):
@@ -58,8 +58,8 @@ class ElmanRNN(nn.Module):
     ``W_x`` is uniform within ``0.3 / sqrt(hidden)``, less than that of ``torch.nn.RNN``, so that no unit saturates.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a size is below 1 or the activation is unknown.
+        TypeError: If ``activation`` is neither a name nor a class that needs no arguments.
+        ValueError: If a size is not an integer >= 1 or the activation is unknown.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class ElmanRNN(nn.Module):
         reads: int = 1,
     ) -> None:
         super().__init__()
-        check_positive_int("reads", reads)
-        check_positive_int("in_features", in_features)
-        check_positive_int("hidden", hidden)
-        check_positive_int("out_features", out_features)
+        check_count("reads", reads)
+        check_count("in_features", in_features)
+        check_count("hidden", hidden)
+        check_count("out_features", out_features)
         self.in_features, self.hidden, self.reads = in_features, hidden, reads
         self.step_input = StepInput(activation_class(activation)())
         self.cell = nn.Linear(in_features + hidden, hidden)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.nn.staircase import Staircase
 
 _FRACTION = 2**16  # of one step of a sum: how finely the biases of the output are kept
@@ -74,8 +75,7 @@ class IntegerNetwork:
     """
 
     def __init__(self, network: nn.Sequential, zero: float = 0.0, unit: float = 1.0, bits: int = 8) -> None:
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
-            raise ValueError(f"bits must be an integer from 2 to 16, got {bits}")
+        check_count("bits", bits, 2, 16)
         modules = [m for m in network if not isinstance(m, nn.Flatten)]
         linears, staircases = modules[::2], modules[1::2]
         fits = len(modules) % 2 == 1 and all(type(m) is nn.Linear for m in linears)

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from lightning_altmin.nn.arguments import check_image_size, check_positive_int
+from lightning_altmin.arguments import check_count
+from lightning_altmin.nn.arguments import check_image_size
 from lightning_altmin.nn.sequence import LayerSequence
 
 
@@ -18,13 +19,12 @@ class LeNet5(LayerSequence):
         image_size: Height and width of the images in pixels; at least 16.
 
     Raises:
-        TypeError: If an argument is not an integer.
-        ValueError: If an argument is too small.
+        ValueError: If an argument is not an integer, or too small.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:
-        check_positive_int("in_channels", in_channels)
-        check_positive_int("num_classes", num_classes)
+        check_count("in_channels", in_channels)
+        check_count("num_classes", num_classes)
         check_image_size(image_size, smallest=16, why="two unpadded 5 x 5 convolutions, each halved by a pooling")
         side = ((image_size - 4) // 2 - 4) // 2
         super().__init__(

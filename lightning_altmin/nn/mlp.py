@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.nn.activation import activation_class
-from lightning_altmin.nn.arguments import check_dropout, check_positive_int, check_positive_ints
+from lightning_altmin.nn.arguments import check_counts
 from lightning_altmin.nn.sequence import LayerSequence
 
 
@@ -27,8 +28,8 @@ class MLP(LayerSequence):
         flatten: Whether the network begins with an ``nn.Flatten``.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a size is below 1, ``dropout`` is outside [0, 1) or the activation is unknown.
+        TypeError: If ``hidden`` is no list, or ``activation`` neither a name nor a class that needs no arguments.
+        ValueError: If a size is not an integer >= 1, ``dropout`` is outside [0, 1) or the activation is unknown.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class MLP(LayerSequence):
         bias: bool = True,
         flatten: bool = True,
     ) -> None:
-        check_positive_int("in_features", in_features)
-        widths = check_positive_ints("hidden", hidden)
-        check_positive_int("out_features", out_features)
-        check_dropout(dropout)
+        check_count("in_features", in_features)
+        widths = check_counts("hidden", hidden)
+        check_count("out_features", out_features)
+        check_number("dropout", dropout, least=0, below=1)
         make_activation = activation_class(activation)
         layers: list[nn.Module] = [nn.Flatten()] if flatten else []
         for width_in, width in zip((in_features, *widths), widths, strict=False):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 
 _MOST_BITS = 16
 
@@ -31,11 +29,10 @@ class Staircase(nn.Module):
 
     def __init__(self, low: float, rise: float, first: float, gap: float = 1.0, steps: int = 1) -> None:
         super().__init__()
-        for name, number in (("low", low), ("rise", rise), ("first", first), ("gap", gap)):
-            if not math.isfinite(number) or (name in ("rise", "gap") and number <= 0):
-                raise ValueError(
-                    f"{name} must be a {'positive' if name in ('rise', 'gap') else 'finite'} number, got {number}"
-                )
+        check_number("low", low)
+        check_number("rise", rise, above=0)
+        check_number("first", first)
+        check_number("gap", gap, above=0)
         check_count("steps", steps)
         self.low, self.rise, self.first, self.gap, self.steps = low, rise, first, gap, steps
 
@@ -79,9 +76,13 @@ class Heaviside(Staircase):
 
     Args:
         threshold: Where the step is.
+
+    Raises:
+        ValueError: If it is not a finite number.
     """
 
     def __init__(self, threshold: float = 0.0) -> None:
+        check_number("threshold", threshold)
         super().__init__(low=0.0, rise=1.0, first=threshold)
 
     def extra_repr(self) -> str:
@@ -99,8 +100,7 @@ class HardThreshold(Staircase):
     """
 
     def __init__(self, threshold: float = 0.5) -> None:
-        if not (math.isfinite(threshold) and threshold > 0):
-            raise ValueError(f"threshold must be a positive number, got {threshold}")
+        check_number("threshold", threshold, above=0)
         super().__init__(low=-1.0, rise=1.0, first=-threshold, gap=2 * threshold, steps=2)
 
     def extra_repr(self) -> str:
@@ -120,9 +120,10 @@ class Quantise(Staircase):
     """
 
     def __init__(self, bits: int = 2, low: float = -1.0, high: float = 1.0) -> None:
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= _MOST_BITS:
-            raise ValueError(f"bits must be an integer from 1 to {_MOST_BITS}, got {bits}")
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        check_count("bits", bits, 1, _MOST_BITS)
+        check_number("low", low)
+        check_number("high", high)
+        if low >= high:
             raise ValueError(f"low must be a number below high, got low={low} and high={high}")
         steps = 2**bits - 1
         rise = (high - low) / steps

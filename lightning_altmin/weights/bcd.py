@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 
 _BLOCK = 32  # columns between two products with all of A
 _FLOOR = 1e-10  # added to the diagonal, as the released code does: a column without data stays as it is
@@ -43,8 +41,7 @@ def bcd(W: Tensor, A: Tensor, B: Tensor, lambda_w: float = 0.0, sweeps: int = 1,
             f"W has shape {tuple(W.shape)}, so A must have {(inputs, inputs)} and B {tuple(W.shape)}; got "
             f"{tuple(A.shape)} and {tuple(B.shape)}"
         )
-    if not (math.isfinite(lambda_w) and lambda_w >= 0):
-        raise ValueError(f"lambda_w must be a number >= 0, got {lambda_w}")
+    check_number("lambda_w", lambda_w, least=0)
     check_count("sweeps", sweeps)
     for _ in range(sweeps):
         W = _sweep(W, A, B) if lambda_w == 0 else _shrinking_sweep(W, A, B, lambda_w, bias)

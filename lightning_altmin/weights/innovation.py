@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
 from lightning_altmin.weights.diagonal_statistics import DiagonalStatistics
@@ -15,7 +16,7 @@ from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
 from lightning_altmin.weights.limited_descent import LimitedDescent
 from lightning_altmin.weights.low_rank_statistics import LowRankStatistics
-from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range, precision
+from lightning_altmin.weights.memory_form import Memory, MemoryForm, precision
 from lightning_altmin.weights.statistics import Preconditioner
 
 Positions = Literal["root", "mean"]
@@ -53,13 +54,13 @@ class InnovationForm(MemoryForm[Preconditioner]):
         super().__init__(forgetting, every)
         if positions not in ("root", "mean"):
             raise ValueError(f"positions must be 'root' or 'mean', got {positions!r}")
-        if not limit > 0:
-            raise ValueError(f"limit must be a positive number, or math.inf for no bound, got {limit}")
+        if limit != math.inf:
+            check_number("limit", limit, above=0, otherwise="math.inf for no bound")
         if rank is not None:
             check_count("rank", rank, 0)
-        self._ridge = in_range("ridge", ridge, 0.1, 10, low_is_allowed=True)
-        self._step = in_range("step", step, 0, 1)
-        self._limit, self._rank = limit, rank
+        check_number("ridge", ridge, least=0.1, most=10)
+        check_number("step", step, above=0, most=1)
+        self._ridge, self._step, self._limit, self._rank = float(ridge), float(step), limit, rank
         self._power = 0.5 if positions == "root" else 1.0
 
     def inputs_of(self, stage: Stage) -> Inputs:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import check_number
+
 
 class LimitedDescent(Optimizer):
     """``W -= lr * grad``, each parameter group's step no longer than a share of the norm it had at its first step.
@@ -28,10 +30,9 @@ class LimitedDescent(Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, limit: float = math.inf) -> None:
-        if not lr > 0:
-            raise ValueError(f"lr must be a positive number, got {lr}")
-        if not limit > 0:
-            raise ValueError(f"limit must be a positive number, got {limit}")
+        check_number("lr", lr, above=0)
+        if limit != math.inf:
+            check_number("limit", limit, above=0, otherwise="math.inf for no bound")
         # "size", the first norm, is in the group and not in the state: a bad batch need not take it back.
         super().__init__(params, {"lr": lr, "limit": limit, "size": None})
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.engines import Gradients
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import LayerwiseOptimizer
@@ -18,7 +19,7 @@ from lightning_altmin.weights.base import Inputs, WeightProblem, WeightSolver
 from lightning_altmin.weights.innovation import InnovationForm, Positions
 from lightning_altmin.weights.least_squares_layer import least_squares_layer
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam, trainable
-from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range
+from lightning_altmin.weights.memory_form import Memory, MemoryForm
 from lightning_altmin.weights.solve import SolveForm, Storage
 from lightning_altmin.weights.statistics import Statistics
 
@@ -288,7 +289,7 @@ class CoactivationMemory(WeightSolver):
         Raises:
             ValueError: If ``factor`` is out of range.
         """
-        factor = in_range("factor", factor, 0, 1, low_is_allowed=True)
+        check_number("factor", factor, least=0, most=1)
         for name, memory in self._memories.items():
             if stages is None or name in stages:
                 memory.statistics.discount(factor)

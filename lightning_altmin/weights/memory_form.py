@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
@@ -48,7 +47,8 @@ class MemoryForm(ABC, Generic[Kept]):
 
     def __init__(self, forgetting: float, every: int) -> None:
         check_count("every", every)
-        self.forgetting = in_range("forgetting", forgetting, 0, 1)
+        check_number("forgetting", forgetting, above=0, most=1)
+        self.forgetting = float(forgetting)
         self.every = every
 
     @abstractmethod
@@ -102,18 +102,6 @@ class MemoryForm(ABC, Generic[Kept]):
     @abstractmethod
     def renewed_direction(self, memory: Memory[Kept], pending: Tensor | None) -> Tensor:
         """Of a batch that renews, computed from the new statistics."""
-
-
-def in_range(name: str, value: float, low: float, high: float, low_is_allowed: bool = False) -> float:
-    """The value, if it is in the range.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    above = value >= low if low_is_allowed else value > low
-    if not (math.isfinite(value) and above and value <= high):
-        raise ValueError(f"{name} must lie in {'[' if low_is_allowed else '('}{low}, {high}], got {value}")
-    return float(value)
 
 
 def precision(layer: LeastSquaresLayer, least: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.engines import Gradients
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
@@ -88,8 +89,7 @@ class ProximalAdam(_Proximal, Adam):
 
 def _with_l1(params: Iterable[Any], lambda_w: float) -> list[dict[str, Any]]:
     groups = list(params)
-    if not lambda_w >= 0:
-        raise ValueError(f"lambda_w must be a number >= 0, got {lambda_w}")
+    check_number("lambda_w", lambda_w, least=0)
     if not groups or not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     return [{"lambda_w": lambda_w, **group} for group in groups]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.losses import CrossEntropy
 from lightning_altmin.objective import AltMinObjective, ReferenceObjective
 from lightning_altmin.stage import Stage
@@ -19,7 +18,7 @@ from lightning_altmin.weights.bcd import bcd
 from lightning_altmin.weights.layer_statistics import LayerStatistics
 from lightning_altmin.weights.least_squares_layer import LeastSquaresLayer
 from lightning_altmin.weights.limited_descent import LimitedDescent
-from lightning_altmin.weights.memory_form import Memory, MemoryForm, in_range, precision
+from lightning_altmin.weights.memory_form import Memory, MemoryForm, precision
 from lightning_altmin.weights.ridge import ridge_solution
 from lightning_altmin.weights.triangle_statistics import TriangleStatistics
 from lightning_altmin.weights.window_statistics import WindowStatistics
@@ -37,7 +36,8 @@ class CoordinateDescent(NormalEquations):
     """One sweep of `bcd` from the weights as they are: the paper's update."""
 
     def __init__(self, lambda_w: float = 0.0) -> None:
-        self._lambda_w = in_range("lambda_w", lambda_w, 0, math.inf, low_is_allowed=True)
+        check_number("lambda_w", lambda_w, least=0)
+        self._lambda_w = float(lambda_w)
 
     def __call__(self, weights: Tensor, A: Tensor, B: Tensor, has_bias: bool) -> Tensor:
         return bcd(weights, A, B, self._lambda_w, bias=has_bias)
@@ -47,7 +47,8 @@ class Cholesky(NormalEquations):
     """The ridge solution, in closed form."""
 
     def __init__(self, ridge: float = 1e-3) -> None:
-        self._ridge = in_range("ridge", ridge, 0, 1e6, low_is_allowed=True)
+        check_number("ridge", ridge, least=0, most=1_000_000)
+        self._ridge = float(ridge)
 
     def __call__(self, weights: Tensor, A: Tensor, B: Tensor, has_bias: bool) -> Tensor:
         return ridge_solution(A, B, self._ridge)
@@ -97,11 +98,6 @@ class SolveForm(MemoryForm[Sums]):
             raise ValueError(
                 f"storage={storage!r} keeps one sum, and window={window} one per task; leave one of them out"
             )
-        if storage == "single" and solver == "cholesky" and equations.get("ridge", 1.0) < 1e-4:
-            raise ValueError(
-                f"storage='single' rounds the sums, and ridge={equations['ridge']:g} lets that rounding through; give "
-                "a ridge >= 1e-4, or storage='triangle'"
-            )
         if "ridge" in equations and solver != "cholesky":
             raise ValueError("ridge belongs to solver='cholesky': coordinate descent inverts nothing")
         if "lambda_w" in equations and solver != "bcd":
@@ -109,6 +105,11 @@ class SolveForm(MemoryForm[Sums]):
                 f"lambda_w={equations['lambda_w']} belongs to solver='bcd': the ridge solution shrinks by its ridge"
             )
         self._equations = EQUATIONS[solver](**equations)
+        if storage == "single" and solver == "cholesky" and equations.get("ridge", 1.0) < 1e-4:
+            raise ValueError(
+                f"storage='single' rounds the sums, and ridge={equations['ridge']:g} lets that rounding through; give "
+                "a ridge >= 1e-4, or storage='triangle'"
+            )
         self.window = window
         self._storage = storage
 

@@ -188,7 +188,7 @@ NAN = float("nan")
         (lambda: GradientCodes(momentum=1.0), r"momentum must lie in \[0, 1\)"),
         (lambda: GradientCodes(momentum=-0.1), "momentum must"),
         (lambda: GradientCodes(nesterov=True), "nesterov=True needs momentum"),
-        (lambda: GradientCodes(tol=1.0), r"tol must lie in \(0, 1\), or be None for a fixed number of steps, got 1"),
+        (lambda: GradientCodes(tol=1.0), r"tol must lie in \(0, 1\), or None for a fixed number of steps, got 1"),
         (lambda: GradientCodes(tol=NAN), "tol must"),
         (lambda: LocalGradient(steps=0), "steps must be an integer >= 1, got 0"),
         (lambda: LocalGradient(steps=1.5), "steps must be an integer"),

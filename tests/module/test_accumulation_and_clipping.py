@@ -124,12 +124,15 @@ def test_clipping_scales_a_gradient_of_known_norm() -> None:
     [
         ({"9": 1.0}, r"gradient_clip_norm names unknown layers \['9'\]; the network has \['0', '2', '4'\]"),
         (0.0, "gradient_clip_norm must be a positive number, or numbers by layer name, got 0.0"),
-        ({"0": -1.0}, "gradient_clip_norm must be a positive number"),
+        ({"0": -1.0}, r"gradient_clip_norm\['0'\] must be a positive number, got -1.0"),
+        ({"0": 1.0, "2": "1"}, r"gradient_clip_norm\['2'\] must be a positive number, got '1' of type str"),
+        (True, "gradient_clip_norm must be a positive number, or numbers by layer name, got True"),
+        ([1.0], r"gradient_clip_norm must be .* by layer name, got \[1.0\] of type list"),
         (float("nan"), "gradient_clip_norm must be a positive number"),
     ],
 )
 def test_unusable_bounds_are_refused(clip: Any, message: str) -> None:
-    """Catches a misspelt layer that would silently never be clipped, and bounds that would stop training."""
+    """Catches a misspelt layer that would silently never be clipped, and bounds that stop training or are none."""
     with pytest.raises(ValueError, match=message):
         AltMinModule(network(), gradient_clip_norm=clip)
 

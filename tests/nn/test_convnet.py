@@ -65,7 +65,7 @@ def test_average_head_is_the_mean_over_the_image() -> None:
     [
         ({"channels": []}, ValueError, r"channels must name at least one block"),
         ({"channels": [4, 0]}, ValueError, r"channels\[1\] .* got 0"),
-        ({"channels": [4, 2.5]}, TypeError, r"channels\[1\] .* got 2\.5 of type float"),
+        ({"channels": [4, 2.5]}, ValueError, r"channels\[1\] must be an integer >= 1, got 2\.5"),
         ({"convs_per_block": 0}, ValueError, r"convs_per_block .* got 0"),
         ({"in_channels": -3}, ValueError, r"in_channels .* got -3"),
         ({"num_classes": 0}, ValueError, r"num_classes .* got 0"),

@@ -41,9 +41,9 @@ def test_layers_in_order() -> None:
     ("arguments", "error", "message"),
     [
         ({"in_channels": 0}, ValueError, r"in_channels .* got 0"),
-        ({"num_classes": "10"}, TypeError, r"num_classes .* got '10' of type str"),
+        ({"num_classes": "10"}, ValueError, r"num_classes .* got '10' of type str"),
         ({"image_size": 15}, ValueError, r"image_size must be at least 16 pixels .* got 15"),
-        ({"image_size": 28.0}, TypeError, r"image_size .* got 28\.0 of type float"),
+        ({"image_size": 28.0}, ValueError, r"image_size must be an integer .* got 28\.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

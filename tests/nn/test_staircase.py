@@ -75,7 +75,7 @@ def test_the_gradient_is_zero_and_nan_stays(module: nn.Module) -> None:
     ("make", "message"),
     [
         (lambda: HardThreshold(0.0), "threshold must be a positive number"),
-        (lambda: Heaviside(math.nan), "first must be a finite number"),
+        (lambda: Heaviside(math.nan), "threshold must be a finite number"),
         (lambda: Quantise(0), "bits must be an integer from 1 to 16"),
         (lambda: Quantise(2, 1.0, 1.0), "low must be a number below high"),
         (lambda: Staircase(0.0, 1.0, 0.0, steps=0), "steps must be an integer >= 1"),
