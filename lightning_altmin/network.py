@@ -11,21 +11,13 @@ from torch import Tensor, nn
 
 from lightning_altmin.engines import SharedSamples, block_buffers, has_own_forward, runs_more_than_its_type
 from lightning_altmin.stage import BatchNormInCodeStep, Encoding, Stage, StageData
-from lightning_altmin.traced_block import TracedBlock
+from lightning_altmin.traced_block import NORMALIZATION, NOT_LAYERS, TracedBlock
 from lightning_altmin.tracing import UntraceableError, trace
 
 if TYPE_CHECKING:
     from lightning_altmin.codes import CodeProblem, CodeSolver
     from lightning_altmin.step import Step
 
-_NORMALIZATION = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-)
-_PARAMETRIC_TRANSFER = (nn.PReLU,)
 Blocks = Sequence[nn.Module | type[nn.Module] | str]
 
 
@@ -250,10 +242,13 @@ class CodedNetwork:
     def _listed(self, network: Sequence[nn.Module] | None, blocks: Blocks | None) -> list[tuple[str, nn.Module]]:
         if network is not None and blocks is not None:
             raise TypeError("blocks selects modules of one network; network is a list of blocks already")
-        listed = list(blocks or () if network is None else network)
+        given = (blocks or ()) if network is None else network
+        listed = list(given) if isinstance(given, Iterable) else [given]
         modules = [block for block in listed if isinstance(block, nn.Module)]
         if not modules or len(modules) < len(listed):
-            raise TypeError("network must be a module or a non-empty list of modules (blocks)")
+            classes = [f"{block.__name__}(...)" for block in listed if isinstance(block, type)]
+            advice = f"; pass instances, {', '.join(classes)}, in place of classes" if classes else ""
+            raise TypeError(f"network must be a module or a non-empty list of modules (blocks), got {given!r}{advice}")
         self.network = nn.Sequential(*modules)
         return [(str(index), block) for index, block in enumerate(modules)]
 
@@ -361,7 +356,7 @@ def _split(leaves: Iterable[tuple[str, nn.Module]], engine: str, batch_norm: Bat
     transfer: list[nn.Module] = []
     follows_layer = False
     for name, module in leaves:
-        if follows_layer and (isinstance(module, _NORMALIZATION) or _only_adds_parameters(module)):
+        if follows_layer and (isinstance(module, NORMALIZATION) or _only_adds_parameters(module)):
             groups[-1][2].append(module)
             follows_layer = False
         elif _is_layer(module):
@@ -385,6 +380,6 @@ def _only_adds_parameters(module: nn.Module) -> bool:
 def _is_layer(module: nn.Module) -> bool:
     if isinstance(module, TracedBlock):
         return module.has_layer
-    if isinstance(module, (*_NORMALIZATION, *_PARAMETRIC_TRANSFER)):
+    if isinstance(module, NOT_LAYERS):
         return False
     return any(True for _ in module.parameters())

@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 
 ROOT = "network"
 _READERS = "read"
-_NOT_LAYERS = (nn.PReLU, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+NORMALIZATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+NOT_LAYERS = (*NORMALIZATION, nn.PReLU)
+"""Modules that have parameters and no code."""
 # Functions and methods by which a parameter is added, multiplied, joined or used to normalise; any other is a layer.
 # fmt: off
 _NOT_LAYER_FUNCTIONS = {
@@ -125,7 +127,7 @@ def first_layer(root: nn.Module, group: Sequence[fx.Node]) -> str:
     for node in group:
         if node.op == "call_module":
             module = root.get_submodule(str(node.target))
-            if not isinstance(module, _NOT_LAYERS) and any(True for _ in module.parameters()):
+            if not isinstance(module, NOT_LAYERS) and any(True for _ in module.parameters()):
                 return stripped(str(node.target))
             continue
         read = [name for source in node.all_input_nodes if (name := names.get(source) or _parameter(root, source))]

@@ -52,6 +52,7 @@ class CompareToBackprop(LayerWatch):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module and the Trainer."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             refuse_other_processes(trainer, self)
             refuse_synchronised_batch_norm(trainer, pl_module, self)

@@ -38,6 +38,12 @@ class LayerWatch(Callback):
         self.every_n_steps = every_n_steps
         self.history: list[dict[str, float]] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        # A second fit of the same Trainer goes on counting steps, so its history goes on too.
+        if stage == "fit" and trainer.global_step == 0:
+            self.history = []
+
     def is_due(self, trainer: Trainer) -> bool:
         """Whether the batch that is beginning is to be measured."""
         batch: int = trainer.fit_loop.total_batch_idx

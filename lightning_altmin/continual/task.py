@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -154,11 +154,6 @@ class TaskStream(Sequence[Task]):
 
     def _copy(self, tasks: Sequence[Task]) -> TaskStream:
         return TaskStream(tasks, self.num_classes, self.prepare, name=self.name)
-
-
-def renumbered(tasks: Sequence[Task]) -> list[Task]:
-    """The same tasks, numbered in the order given."""
-    return [replace(task, index=index) for index, task in enumerate(tasks)]
 
 
 def _check_disjoint(classes: Sequence[tuple[int, ...]]) -> None:

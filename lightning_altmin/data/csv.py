@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -78,8 +78,8 @@ class CSVDataModule(ResumableDataModule):
             check_count(name, value)
         for name, value in (("val_rows", val_rows), ("test_rows", test_rows), ("shuffle_buffer", shuffle_buffer)):
             check_count(name, value, 0)
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, or None for a real-valued target, got {num_classes}")
+        if num_classes is not None:
+            check_count("num_classes", num_classes, 2, otherwise="None for a real-valued target")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         if not count_rows and (val_rows or test_rows):
@@ -106,16 +106,6 @@ class CSVDataModule(ResumableDataModule):
         self.count_rows = count_rows
         self._opened: tuple[CSVFile, RowSchema] | None = None
         self._train_rows: int | None = None
-
-    @classmethod
-    def higgs(cls, path: str | Path, **settings: Any) -> "HiggsDataModule":
-        """The HIGGS file: label first, 28 features, the last 500,000 rows are the test set.
-
-        Args:
-            path: the file, plain or ``.gz``.
-            settings: further arguments of ``HiggsDataModule``.
-        """
-        return HiggsDataModule(path, **settings)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

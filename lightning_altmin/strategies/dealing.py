@@ -78,10 +78,6 @@ class Dealing:
         self._handle: Any = None
         self._let_go()
 
-    def owner_of(self, stage: int) -> int:
-        """Rank of the process that owns a stage."""
-        return self.owners[stage]
-
     @contextmanager
     def whole(self, everywhere: bool = False) -> Iterator[None]:
         """Inside this context the first process, or every one, holds the whole model. All of them must enter it."""

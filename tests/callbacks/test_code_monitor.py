@@ -210,6 +210,19 @@ def test_history_survives_a_resume(tmp_path: Path) -> None:
     assert resumed.history[0] == monitor.history[0]
 
 
+def test_another_run_begins_another_history_and_a_second_fit_goes_on(tmp_path: Path) -> None:
+    """Would catch rows of an earlier run in the figure of a later one, and a longer run that forgets its beginning."""
+    monitor = CodeMonitor(4)
+    run = trainer(tmp_path, [monitor], max_epochs=1)
+    run.fit(module(), datamodule=RandomData())
+    trainer(tmp_path, [monitor], max_epochs=1).fit(model := module(), datamodule=RandomData())
+    assert [row["step"] for row in monitor.history] == [3]
+    monitor.load_state_dict({"history": [{"step": 1}]})
+    run.fit_loop.max_epochs = 2
+    run.fit(model, datamodule=RandomData())
+    assert [row["step"] for row in monitor.history] == [1, 7, 11]
+
+
 def test_plot(tmp_path: Path) -> None:
     """Would catch a quantity or layer missing from the figure, or lines that do not show the history."""
     pytest.importorskip("matplotlib")

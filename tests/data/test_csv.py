@@ -233,7 +233,9 @@ def test_uncounted_rows_that_give_no_batch(tmp_path: Path) -> None:
         ({"shuffle_buffer": -1}, "shuffle_buffer must be"),
         ({"val_rows": -1}, "val_rows must be"),
         ({"test_rows": 1.5}, "test_rows must be"),
-        ({"num_classes": 1}, "num_classes must be"),
+        ({"num_classes": 1}, "num_classes must be an integer >= 2, or None for a real-valued target, got 1"),
+        ({"num_classes": 2.5}, "num_classes must be an integer >= 2, .*, got 2.5"),
+        ({"num_classes": "2"}, "num_classes must be an integer >= 2, .*, got '2'"),
         ({"dtype": "float16"}, "dtype must be"),
         ({"count_rows": False, "test_rows": 2}, "count_rows=True"),
     ],
@@ -269,9 +271,8 @@ def test_higgs_layout(tmp_path: Path, name: str) -> None:
     table = np.random.default_rng(0).normal(size=(60, 29))
     table[:, 0] = np.arange(60) % 2
     np.savetxt(tmp_path / name, table, fmt="%.18e", delimiter=",")
-    data = CSVDataModule.higgs(tmp_path / name, test_rows=10, batch_size=50)
+    data = HiggsDataModule(tmp_path / name, test_rows=10, batch_size=50)
     data.setup("fit")
-    assert isinstance(data, HiggsDataModule)
     ((x, y),) = list(data.train_dataloader())
     assert x.shape == (50, 28)
     assert data.input_shape == (28,)
@@ -300,3 +301,5 @@ def test_loader_range_is_checked(tmp_path: Path) -> None:
         CSVLoader(file, schema, 4, rows=3, drop_last=True)
     with pytest.raises(ValueError, match="shuffle_buffer must be"):
         CSVLoader(file, schema, 4, shuffle_buffer=-2)
+    with pytest.raises(ValueError, match="shuffle_buffer must be an integer >= 0, got 'all'"):
+        CSVLoader(file, schema, 4, shuffle_buffer="all")  # type: ignore[arg-type]
