@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.baselines.offline import Layer, OfflineModule, Variables, forward_variables
 from lightning_altmin.baselines.output_losses import Hinge, OutputLoss, check_output_loss
 from lightning_altmin.codes.elementwise import activation_move
@@ -54,10 +55,8 @@ class ADMMModule(OfflineModule):
         check_output_loss(loss, type(self).__name__)
         super().__init__(network, loss, metrics)
         for name, value in (("beta", beta), ("gamma", gamma), ("ridge", ridge)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number, got {value}")
-        if warm_start < 0:
-            raise ValueError(f"warm_start must be >= 0, got {warm_start}")
+            check_number(name, value, above=0)
+        check_count("warm_start", warm_start, 0)
         self.output_loss = loss
         self.beta, self.gamma, self.warm_start, self.ridge = beta, gamma, warm_start, ridge
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.baselines.offline import Layer, OfflineModule, Variables, forward_variables
 from lightning_altmin.baselines.output_losses import OutputLoss, SquaredError, check_output_loss
 from lightning_altmin.codes.elementwise import activation_move
@@ -53,8 +54,7 @@ class BCDModule(OfflineModule):
         check_output_loss(loss, type(self).__name__)
         super().__init__(network, loss, metrics)
         for name, value in (("gamma", gamma), ("rho", rho), ("alpha", alpha)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number, got {value}")
+            check_number(name, value, above=0)
         self.output_loss = loss
         self.gamma, self.rho, self.alpha = gamma, rho, alpha
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.baselines.offline import OfflineModule, Variables, forward_variables
 from lightning_altmin.metrics import Metrics
 
@@ -61,10 +61,8 @@ class MACModule(OfflineModule):
         metrics: Metrics | None = None,
     ) -> None:
         super().__init__(network, nn.CrossEntropyLoss() if loss is None else loss, metrics)
-        if not 0 < mu < float("inf"):
-            raise ValueError(f"mu must be a positive number, got {mu}")
-        if not 1 <= growth < float("inf"):
-            raise ValueError(f"growth must be a number >= 1, got {growth}")
+        check_number("mu", mu, above=0)
+        check_number("growth", growth, least=1)
         check_count("every", every)
         check_count("iterations", iterations)
         self.first_mu, self.growth, self.every, self.iterations = mu, growth, every, iterations

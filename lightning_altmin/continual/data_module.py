@@ -34,7 +34,7 @@ class StreamDataModule(LightningDataModule):
         seed: Of the orders. Torch's global generator is not used, so ``seed_everything`` does not change them.
 
     Raises:
-        TypeError: If ``stream`` is not a `TaskStream`.
+        TypeError: If ``stream`` is not a `TaskStream`, or ``replay`` not a `Replay`.
         ValueError: If a batch size is not positive.
     """
 
@@ -50,6 +50,8 @@ class StreamDataModule(LightningDataModule):
         super().__init__()
         if not isinstance(stream, TaskStream):
             raise TypeError(f"stream must be a TaskStream, got {type(stream).__name__}")
+        if replay is not None and not isinstance(replay, Replay):
+            raise TypeError(f"replay must be None or a Replay, such as Replay(ReservoirBuffer(1000)), got {replay!r}")
         check_count("batch_size", batch_size)
         check_count("eval_batch_size", eval_batch_size)
         self.stream = stream
@@ -266,7 +268,7 @@ class TaskStreamDataModule(StreamDataModule):
         seed: Of the orders. Torch's global generator is not used, so ``seed_everything`` does not change them.
 
     Raises:
-        TypeError: If ``stream`` is not a `TaskStream`.
+        TypeError: If ``stream`` is not a `TaskStream`, or ``replay`` not a `Replay`.
         ValueError: If a number is not positive, or some tasks have validation data and others have none.
     """
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.accuracy_matrix import TaskAccuracyMatrix
 
 __all__ = [
@@ -175,10 +176,10 @@ def stability_gap(accuracy: Numbers, task: Numbers, window: int | None = None) -
         window: Evaluations of the new task that are looked at, >= 1; ``None`` for all.
 
     Raises:
-        ValueError: If ``window`` is below 1.
+        ValueError: If ``window`` is not an integer >= 1.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window must be >= 1, or None for the whole task, got {window}")
+    if window is not None:
+        check_count("window", window, otherwise="None for the whole task")
     rows, tasks = _trajectory(accuracy, task)
     gaps = []
     for j in range(int(tasks.max()) if len(tasks) else 0):

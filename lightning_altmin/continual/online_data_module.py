@@ -35,7 +35,7 @@ class OnlineTaskStreamDataModule(StreamDataModule):
         boundaries: Whether learning methods are told about boundaries.
 
     Raises:
-        TypeError: If ``stream`` is not a `TaskStream`.
+        TypeError: If ``stream`` is not a `TaskStream`, or ``replay`` not a `Replay`.
         ValueError: If a batch size is not positive.
     """
 

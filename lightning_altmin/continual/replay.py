@@ -32,10 +32,13 @@ class Replay:
         samples: Samples added to a batch, >= 1; fewer while the buffer has fewer.
 
     Raises:
+        TypeError: If ``buffer`` is no sample buffer.
         ValueError: If ``samples`` is not a positive integer.
     """
 
     def __init__(self, buffer: SampleBuffer, samples: int = 32) -> None:
+        if not isinstance(buffer, SampleBuffer):
+            raise TypeError(f"buffer must be a sample buffer, such as ReservoirBuffer(size=1000), got {buffer!r}")
         check_count("samples", samples)
         self.buffer = buffer
         self.samples = samples

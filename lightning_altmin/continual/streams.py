@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.continual.samples import Samples, SamplesLike, as_samples
 from lightning_altmin.continual.task import Task, TaskStream
+from lightning_altmin.data.base import check_val_split
 from lightning_altmin.data.resumable_loader import BatchPreparation
 from lightning_altmin.data.seeding import derived_generator
 from lightning_altmin.optional_imports import import_extra
@@ -208,8 +209,7 @@ def fuzzy(stream: TaskStream, mix: float = 0.1, seed: int = 0) -> TaskStream:
     Raises:
         ValueError: If ``mix`` is out of range.
     """
-    if not 0 <= mix <= 0.5:
-        raise ValueError(f"mix must lie in [0, 0.5], got {mix}")
+    check_number("mix", mix, least=0, most=0.5)
     trains = [task.train for task in stream]
     generator = derived_generator(seed, _EXCHANGE)
     orders = [torch.randperm(len(train), generator=generator) for train in trains]
@@ -264,9 +264,7 @@ def held_out(samples: Samples, val_split: int | float, generator: torch.Generato
     Raises:
         ValueError: If ``val_split`` is out of range, leaves no training sample or holds out none.
     """
-    share = isinstance(val_split, float)
-    if isinstance(val_split, bool) or not val_split >= 0 or (share and val_split >= 1):  # NaN is neither
-        raise ValueError(f"val_split must be a share in [0, 1) or a non-negative number of samples, got {val_split!r}")
+    check_val_split(val_split)
     if not val_split:
         return samples, None
     number = val_split if isinstance(val_split, int) else round(val_split * len(samples))

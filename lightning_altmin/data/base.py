@@ -1,13 +1,12 @@
 """The common part of data modules whose samples can be asked for by number."""
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_data_module import EvaluationPart, ResumableDataModule
 from lightning_altmin.data.resumable_loader import BatchPreparation, BatchTransform
@@ -84,7 +83,7 @@ class IndexedDataModule(ResumableDataModule):
         super().__init__()
         check_count("batch_size", batch_size)
         check_count("eval_batch_size", eval_batch_size)
-        _check_val_split(val_split)
+        check_val_split(val_split)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_split = val_split
@@ -189,10 +188,16 @@ class IndexedDataModule(ResumableDataModule):
         )
 
 
-def _check_val_split(value: int | float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"val_split must be a float in [0, 1) or a number of samples, got {value!r}")
-    if value < 0 or not math.isfinite(value) or (isinstance(value, float) and value >= 1):
-        raise ValueError(
-            f"val_split must be a float in [0, 1) (a share) or a non-negative int (a number of samples), got {value!r}"
-        )
+def check_val_split(value: int | float) -> None:
+    """Raise unless ``value`` is a share of the samples, or a number of them.
+
+    Args:
+        value: A float in [0, 1), or an integer >= 0.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(value, float):
+        check_number("val_split", value, least=0, below=1, otherwise="be an integer, a number of samples")
+    else:
+        check_count("val_split", value, 0, otherwise="a float in [0, 1), a share of the samples")

@@ -54,8 +54,7 @@ class CSVLoader(ResumableLoader):
         super().__init__(progress)
         check_count("batch_size", batch_size)
         check_count("chunk_rows", chunk_rows)
-        if shuffle_buffer < 0:
-            raise ValueError(f"shuffle_buffer must be a non-negative number of rows, got {shuffle_buffer}")
+        check_count("shuffle_buffer", shuffle_buffer, 0)
         if rows is not None and rows < (batch_size if drop_last else 1):
             raise ValueError(
                 f"the loader would be empty: {rows} rows with batch_size={batch_size}, drop_last={drop_last}"

@@ -122,7 +122,9 @@ def test_layers_without_bias() -> None:
         ({"beta": 0.0}, "beta must be a positive number, got 0.0"),
         ({"gamma": -2.0}, "gamma must be a positive number, got -2.0"),
         ({"ridge": 0.0}, "ridge must be a positive number, got 0.0"),
-        ({"warm_start": -1}, "warm_start must be >= 0, got -1"),
+        ({"warm_start": -1}, "warm_start must be an integer >= 0, got -1"),
+        ({"warm_start": 2.5}, "warm_start must be an integer >= 0, got 2.5"),
+        ({"beta": "1"}, "beta must be a positive number, got .1. of type str"),
     ],
 )
 def test_bad_settings_are_refused(setting: dict[str, Any], message: str) -> None:

@@ -97,6 +97,7 @@ def test_a_second_fit_goes_on_and_another_run_begins_anew(tmp_path: Path) -> Non
         {"multiply": 0.5},
         {"multiply": float("inf")},
         {"maximum": 0.0},
+        {"maximum": "1"},
         {"every": "batch"},
     ],
 )

@@ -116,12 +116,15 @@ def test_samples_are_drawn_without_replacement() -> None:
 
 
 def test_bad_arguments() -> None:
-    """Catches sizes that cannot be meant, and a state of another size."""
+    """Catches sizes that cannot be meant, also one for a buffer, and a state of another size."""
     for size in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="size"):
             ReservoirBuffer(size)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="samples"):
             Replay(ReservoirBuffer(5), size)  # type: ignore[arg-type]
+    for buffer in (100, None, ReservoirBuffer):
+        with pytest.raises(TypeError, match=r"buffer must be .*ReservoirBuffer\(size=1000\), got"):
+            Replay(buffer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="size=5"):
         ReservoirBuffer(6).load_state_dict(ReservoirBuffer(5).state_dict())
     with pytest.raises(ValueError, match="number of processes"):

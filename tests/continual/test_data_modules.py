@@ -338,13 +338,17 @@ def test_fast_dev_run_is_one_batch() -> None:
 
 
 def test_bad_arguments() -> None:
-    """Catches numbers that cannot be meant, a wrong stream, and validation data in some tasks only."""
+    """Catches numbers that cannot be meant, a wrong stream or replay, and validation data in some tasks only."""
     stream = blob_stream()
     for name, value in (("batch_size", 0), ("eval_batch_size", -1), ("epochs_per_task", 0), ("epochs_per_task", 1.5)):
         with pytest.raises(ValueError, match=name):
             TaskStreamDataModule(stream, **{name: value})
     with pytest.raises(TypeError, match="TaskStream"):
         TaskStreamDataModule(list(stream))  # type: ignore[arg-type]
+    for kind in (TaskStreamDataModule, OnlineTaskStreamDataModule):
+        for replay in (100, ReservoirBuffer(100), Replay):
+            with pytest.raises(TypeError, match=r"replay must be None or a Replay, such as Replay\(.*\), got"):
+                kind(stream, replay=replay)  # type: ignore[arg-type]
     with_val = blob_stream(val_split=0.5)
     with pytest.raises(ValueError, match=r"tasks \[1\] have no validation data"):
         TaskStreamDataModule(TaskStream([with_val[0], stream[1]]))

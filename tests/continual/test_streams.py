@@ -232,6 +232,7 @@ def test_errors_of_tasks_name_what_is_wrong() -> None:
         ({"num_tasks": 2, "labels": "locals"}, "labels"),
         ({"num_tasks": 2, "val_split": float("nan")}, "val_split"),
         ({"num_tasks": 2, "val_split": 1.0}, "val_split"),
+        ({"num_tasks": 2, "val_split": "0.1"}, r"val_split must .* a float in \[0, 1\).* got '0.1' of type str"),
         ({"num_tasks": 2, "val_split": 100}, "val_split"),
         ({"num_tasks": 2, "val_split": 0.001}, "val_split"),
     ],

@@ -76,7 +76,10 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown": (nn.Linear(4, 2), TypeError, "Linear cannot be split"),
     "transformer": (nn.TransformerEncoderLayer(4, 2), TypeError, "TransformerEncoderLayer cannot be split"),
     "empty list": ([], TypeError, "non-empty list"),
-    "list of numbers": ([1, 2], TypeError, "list of modules"),
+    "list of numbers": ([1, 2], TypeError, r"network must be .*list of modules.*, got \[1, 2\]$"),
+    "number": (3, TypeError, "network must be a module .*, got 3$"),
+    "class": (nn.Linear, TypeError, r"network must be .*got <class .*Linear'>; pass instances, Linear\("),
+    "class in a list": ([nn.Linear(4, 4), nn.ReLU], TypeError, r"network must be .*; pass instances, ReLU\("),
 }  # fmt: skip
 
 

@@ -192,6 +192,8 @@ def test_validation_folder(root: Path) -> None:
     [
         ({"size": 0}, "size must be"),
         ({"size": (3, 4, 5)}, "size must be"),
+        ({"size": 2.5}, "size must be a positive int or a pair .* got 2.5"),
+        ({"size": True}, "size must be a positive int or a pair .* got True"),
         ({"num_workers": -1}, "num_workers must be"),
         ({"mean": [0.5] * 3}, "given together"),
         ({"mean": [0.5] * 2, "std": [1.0] * 2}, "3 in all"),

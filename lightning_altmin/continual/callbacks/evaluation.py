@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual import metrics
 from lightning_altmin.continual.accuracy_matrix import TaskAccuracyMatrix, count_correct
 from lightning_altmin.continual.callbacks.stream_access import (
@@ -62,8 +63,8 @@ class ContinualEvaluation(Callback):
         folder: str | Path | None = None,
         verbose: bool = False,
     ) -> None:
-        if every_n_batches is not None and every_n_batches < 1:
-            raise ValueError(f"every_n_batches must be >= 1, or None for the ends of tasks only, got {every_n_batches}")
+        if every_n_batches is not None:
+            check_count("every_n_batches", every_n_batches, otherwise="None for the ends of tasks only")
         if tasks not in ("all", "seen"):
             raise ValueError(f"tasks must be 'all' or 'seen', got {tasks!r}")
         if part not in ("test", "val"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.callbacks.penalty import QuadraticPenalty, Tensors, copies, trained
 from lightning_altmin.continual.callbacks.stream_access import evaluating, inputs_and_labels, stream_data
 from lightning_altmin.continual.task import Task
@@ -53,8 +54,8 @@ class OnlineEWC(QuadraticPenalty):
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
         if fisher not in ("exact", "sample", "empirical"):
             raise ValueError(f"fisher must be 'exact', 'sample' or 'empirical', got {fisher!r}")
-        if samples is not None and samples < 1:
-            raise ValueError(f"samples must be >= 1, or None for all, got {samples}")
+        if samples is not None:
+            check_count("samples", samples, otherwise="None for all")
         self.gamma = gamma
         self.fisher = fisher
         self.samples = samples

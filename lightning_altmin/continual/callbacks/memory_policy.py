@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import Parameter
 
 from lightning_altmin.altmin import AltMin
+from lightning_altmin.arguments import check_number
 from lightning_altmin.callbacks.altmin_access import core_of
 from lightning_altmin.continual.callbacks.stream_access import refuse_layer_parallelism, stream_data
 from lightning_altmin.continual.task import Task
@@ -45,8 +46,7 @@ class MemoryPolicy(Callback):
     def __init__(self, policy: Policy = "keep", factor: float = 0.5, stages: list[str] | None = None) -> None:
         if policy not in get_args(Policy):
             raise ValueError(f"policy must be 'keep', 'decay', 'reset' or 'window', got {policy!r}")
-        if not 0 < factor < 1:
-            raise ValueError(f"factor must lie in (0, 1), got {factor}; use policy='keep' or 'reset' for 1 or 0")
+        check_number("factor", factor, above=0, below=1, otherwise="policy be 'keep' for 1 or 'reset' for 0")
         self.policy = policy
         self.factor = factor
         self.stages = stages

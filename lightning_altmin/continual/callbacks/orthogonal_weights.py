@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.continual.callbacks.penalty import Tensors
 from lightning_altmin.continual.callbacks.stream_access import (
     evaluating,
@@ -64,10 +63,9 @@ class OrthogonalWeights(Callback):
     def __init__(
         self, ridge: float = 0.3, samples: int | None = 1000, layers: Sequence[str] | None = None, seed: int = 0
     ) -> None:
-        if not (math.isfinite(ridge) and ridge > 0):
-            raise ValueError(f"ridge must be a number > 0, got {ridge}")
+        check_number("ridge", ridge, above=0)
         if samples is not None:
-            check_count("samples", samples)
+            check_count("samples", samples, otherwise="None for all")
         self.ridge = ridge
         self.samples = samples
         self.layers = None if layers is None else list(layers)

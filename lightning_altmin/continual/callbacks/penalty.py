@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.continual.callbacks.stream_access import (
     refuse_layer_parallelism,
     refuse_several_weight_steps,
@@ -38,8 +38,7 @@ class QuadraticPenalty(Callback):
     """
 
     def __init__(self, strength: float) -> None:
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be a number >= 0, got {strength}")
+        check_number("strength", strength, least=0)
         self.strength = strength
         self.importance: Tensors = {}
         self.anchor: Tensors = {}

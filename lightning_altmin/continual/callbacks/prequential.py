@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.accuracy_matrix import count_correct
 from lightning_altmin.continual.callbacks.stream_access import (
     evaluating,
@@ -28,14 +29,13 @@ class PrequentialAccuracy(Callback):
         log_every_n_batches: Batches from one log entry ``continual/prequential_accuracy`` to the next, >= 1.
 
     Raises:
-        ValueError: If ``log_every_n_batches`` is below 1.
+        ValueError: If ``log_every_n_batches`` is not an integer >= 1.
     """
 
     only_observes = True
 
     def __init__(self, log_every_n_batches: int = 50) -> None:
-        if log_every_n_batches < 1:
-            raise ValueError(f"log_every_n_batches must be >= 1, got {log_every_n_batches}")
+        check_count("log_every_n_batches", log_every_n_batches)
         self.log_every_n_batches = log_every_n_batches
         self._counts: Tensor = torch.zeros(2, dtype=torch.int64)  # correct, all
         self._trainer: Trainer | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.continual.callbacks.penalty import QuadraticPenalty, Tensors, copies, placed, trained
 from lightning_altmin.continual.task import Task
 
@@ -32,8 +32,7 @@ class SynapticIntelligence(QuadraticPenalty):
 
     def __init__(self, strength: float = 1.0, damping: float = 0.1) -> None:
         super().__init__(strength)
-        if not (math.isfinite(damping) and damping > 0):
-            raise ValueError(f"damping must be a number > 0, got {damping}")
+        check_number("damping", damping, above=0)
         self.damping = damping
         self._path: Tensors = {}
         self._start: Tensors = {}

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_altmin.arguments import check_count
 from lightning_altmin.continual.callbacks.stream_access import stream_data, trained_batches
 from lightning_altmin.continual.task import Task
 
@@ -24,14 +25,14 @@ class TaskCheckpoint(Checkpoint):
         tasks: Whether to save at the end of each task.
 
     Raises:
-        ValueError: If ``every_n_batches`` is below 1, or nothing would ever be saved.
+        ValueError: If ``every_n_batches`` is not an integer >= 1, or nothing would ever be saved.
     """
 
     only_observes = True
 
     def __init__(self, folder: str | Path, every_n_batches: int | None = None, tasks: bool = True) -> None:
-        if every_n_batches is not None and every_n_batches < 1:
-            raise ValueError(f"every_n_batches must be >= 1, or None, got {every_n_batches}")
+        if every_n_batches is not None:
+            check_count("every_n_batches", every_n_batches, otherwise="None for no last.ckpt")
         if every_n_batches is None and not tasks:
             raise ValueError("every_n_batches=None and tasks=False would never save anything")
         self.folder = Path(folder)

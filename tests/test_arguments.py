@@ -26,7 +26,21 @@ from lightning_altmin import (
     ProximalCodes,
 )
 from lightning_altmin.arguments import check_count, check_number
+from lightning_altmin.baselines import ADMMModule, BCDModule, MACModule
 from lightning_altmin.callbacks import CodeMonitor, MuSchedule
+from lightning_altmin.continual import Replay, ReservoirBuffer, TaskStream, fuzzy, split_classes
+from lightning_altmin.continual.callbacks import (
+    ContinualEvaluation,
+    MemoryPolicy,
+    OnlineEWC,
+    OrthogonalWeights,
+    PrequentialAccuracy,
+    SynapticIntelligence,
+    TaskCheckpoint,
+    TaskEarlyStopping,
+)
+from lightning_altmin.continual.metrics import stability_gap
+from lightning_altmin.data import CSVDataModule, DigitsDataModule
 from lightning_altmin.nn import HardThreshold, Heaviside, Quantise, Staircase
 from lightning_altmin.weights import ProximalSGD
 from lightning_altmin.weights.limited_descent import LimitedDescent
@@ -52,6 +66,30 @@ def proximal_sgd(**settings: Any) -> ProximalSGD:
     return ProximalSGD([torch.zeros(2)], lr=0.1, **settings)
 
 
+def offline(kind: Any) -> Any:
+    def make(**settings: Any) -> Any:
+        return kind(network(), **settings)
+
+    make.__name__ = kind.__name__
+    return make
+
+
+def csv(**settings: Any) -> CSVDataModule:
+    return CSVDataModule("rows.csv", **settings)
+
+
+def checkpoint(**settings: Any) -> TaskCheckpoint:
+    return TaskCheckpoint("folder", **settings)
+
+
+def replay(**settings: Any) -> Replay:
+    return Replay(ReservoirBuffer(9), **settings)
+
+
+def gap(**settings: Any) -> torch.Tensor:
+    return stability_gap([[0.5, 0.0], [0.4, 0.5]], [0, 1], **settings)
+
+
 COUNTS: list[tuple[Any, dict[str, Any], str]] = [
     (CoactivationMemory, {}, "rank"),
     (CoactivationMemory, {}, "every"),
@@ -67,6 +105,19 @@ COUNTS: list[tuple[Any, dict[str, Any], str]] = [
     (altmin, {}, "lr_frequency"),
     (backprop, {}, "lr_frequency"),
     (altmin, {}, "accumulate_batches"),
+    (offline(ADMMModule), {}, "warm_start"),
+    (offline(MACModule), {}, "every"),
+    (ContinualEvaluation, {}, "every_n_batches"),
+    (checkpoint, {}, "every_n_batches"),
+    (PrequentialAccuracy, {}, "log_every_n_batches"),
+    (TaskEarlyStopping, {}, "patience"),
+    (OnlineEWC, {}, "samples"),
+    (OrthogonalWeights, {}, "samples"),
+    (replay, {}, "samples"),
+    (gap, {}, "window"),
+    (csv, {}, "chunk_rows"),
+    (csv, {}, "shuffle_buffer"),
+    (DigitsDataModule, {}, "val_split"),
 ]
 
 
@@ -74,9 +125,14 @@ COUNTS: list[tuple[Any, dict[str, Any], str]] = [
 def test_true_is_no_number_of_anything(make: Any, settings: dict[str, Any], name: str) -> None:
     """Catches a switch given for a number: to Python, True is the integer 1, which all of these allow."""
     make(**settings, **{name: 1})
-    for value in (True, 1.0, "1", [1]):
-        with pytest.raises(ValueError, match=f"{name} must be an integer >= [01], got {re.escape(repr(value))}"):
+    for value in (True, 2.5, "1", [1]):
+        with pytest.raises(ValueError, match=rf"^{name} must .*integer.*, got {re.escape(repr(value))}"):
             make(**settings, **{name: value})
+
+
+def blurred(**settings: Any) -> TaskStream:
+    samples = torch.zeros(4, 3), torch.tensor([0, 0, 1, 1])
+    return fuzzy(split_classes(samples, samples, 2), **settings)
 
 
 NUMBERS: list[tuple[Any, dict[str, Any], str, float]] = [
@@ -105,6 +161,17 @@ NUMBERS: list[tuple[Any, dict[str, Any], str, float]] = [
     (proximal_sgd, {}, "lambda_w", 1),
     (altmin, {}, "gradient_clip_norm", 1),
     (CodeMonitor, {}, "dead_slope", 1),
+    (offline(ADMMModule), {}, "beta", 1),
+    (offline(ADMMModule), {}, "gamma", 1),
+    (offline(ADMMModule), {}, "ridge", 1),
+    (offline(BCDModule), {}, "rho", 1),
+    (offline(MACModule), {}, "mu", 1),
+    (offline(MACModule), {}, "growth", 1),
+    (OnlineEWC, {}, "strength", 1),
+    (SynapticIntelligence, {}, "damping", 1),
+    (OrthogonalWeights, {}, "ridge", 1),
+    (MemoryPolicy, {}, "factor", 0.5),
+    (blurred, {}, "mix", 0),
     (MuSchedule, {}, "add", 1),
     (MuSchedule, {}, "multiply", 1),
     (MuSchedule, {}, "maximum", 1),
