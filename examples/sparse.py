@@ -5,7 +5,8 @@
 
 784-300-100-10 of ReLU, batch 200, Adam at rate 0.002 with a cosine to zero, 5 epochs; 50,000 images train, 10,000
 validate at the end, and the test set is asked once per run. Each run has another lambda_w (ProximalWeights) or lambda_c
-(ProximalCodes); beside them the subgradient of the same l1 term, which makes weights and codes small but not zero.
+(ProximalCodes). `--methods subgradient` runs the subgradient of the same l1 term, which makes weights and codes small
+but not zero; it is not run by default, and sparse.csv has no rows of it.
 Rows are appended to docs/results/sparse.csv as runs end.
 """
 

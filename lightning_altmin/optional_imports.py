@@ -1,4 +1,4 @@
-"""Import of the packages that only some data modules need."""
+"""Import of the packages that only some data modules, callbacks, plots and run logs need."""
 
 import importlib
 from typing import Any
