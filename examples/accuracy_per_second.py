@@ -1,7 +1,7 @@
 """What accuracy a second of computing buys: MNIST test accuracy against training time, AltMin beside backprop.
 
     python examples/accuracy_per_second.py --root data
-    python examples/accuracy_per_second.py --plot
+    python examples/accuracy_per_second.py --table
 
 Both at the rate that `accuracy.py` chose for backprop and for AltMin after one epoch (the same one), constant, five
 seeds, one thread. Time is CPU time of training alone, the evaluations in between are not counted; compiling is done
@@ -11,17 +11,18 @@ before. Rows of docs/results/accuracy_per_second.csv are written as runs end; ru
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from figures import pyplot, save
+from intervals import half_width, interval
+from rows import append, finished, markdown, read
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, CurvatureCodes, LocalGradient
@@ -29,10 +30,22 @@ from lightning_altmin.data import VisionDataModule
 from lightning_altmin.nn import MLP
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "accuracy_per_second.csv"
-FIELDS = ["network", "method", "seed", "batches", "seconds", "accuracy"]
 NETWORKS = {"2x100": (100, 0.008), "2x500": (500, 0.004)}
-EVERY, BATCHES = 30, 600
+BATCH, EVERY, BATCHES = 200, 30, 600
+SHOWN = 300  # batches after which the table shows accuracies: an epoch
 Step = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The accuracy of one run after so many batches, and the seconds of training until then."""
+
+    network: str
+    method: str
+    seed: int
+    batches: int
+    seconds: float
+    accuracy: float
 
 
 def backprop(network: nn.Module, optimizer: Callable[[Any], torch.optim.Optimizer]) -> Step:
@@ -60,7 +73,7 @@ METHODS: dict[str, Callable[[nn.Module, Callable[[Any], Any]], Step]] = {
 }
 
 
-def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[dict[str, Any]]:
+def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[Row]:
     """Accuracy after every `EVERY` batches of one run."""
     width, lr = NETWORKS[name]
     torch.manual_seed(seed)
@@ -85,8 +98,7 @@ def run(name: str, method: str, seed: int, data: VisionDataModule) -> list[dict[
             seconds += time.process_time() - begun
             done += 1
             if done % EVERY == 0:
-                values = name, method, seed, done, round(seconds, 4), accuracy(network, data)
-                rows.append(dict(zip(FIELDS, values, strict=True)))
+                rows.append(Row(name, method, seed, done, round(seconds, 4), accuracy(network, data)))
             if done == BATCHES:
                 break
     return rows
@@ -101,26 +113,44 @@ def accuracy(network: nn.Module, data: VisionDataModule) -> float:
     return right / total
 
 
-def plot(rows: list[dict[str, str]]) -> None:
+def curve(rows: list[Row], name: str, method: str) -> Iterator[tuple[int, list[float], list[float]]]:
+    """The seeds' seconds and accuracies in per cent after each number of batches."""
+    mine = [row for row in rows if (row.network, row.method) == (name, method)]
+    for batches in sorted({row.batches for row in mine}):
+        seeds = [row for row in mine if row.batches == batches]
+        yield batches, [row.seconds for row in seeds], [100 * row.accuracy for row in seeds]
+
+
+def table(path: Path = RESULTS) -> str:
+    """What docs/speed.md shows, from the committed rows."""
+    rows, lines = read(path, Row), []
+    for name in NETWORKS:
+        for method in METHODS:
+            for batches, seconds, accuracies in curve(rows, name, method):
+                if batches == SHOWN:
+                    lines.append((name, method, interval(accuracies), interval(seconds)))
+    columns = ("network", "method", f"test accuracy after {SHOWN} batches, % (95 %)", "seconds (95 %)")
+    return markdown(columns, lines)
+
+
+def plot(path: Path) -> None:
+    rows = read(path, Row)
     figure, axes = pyplot.subplots(1, len(NETWORKS), figsize=(10, 4), sharey=True)
     for axis, name in zip(axes, NETWORKS, strict=True):
         for method in METHODS:
-            points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for row in rows:
-                if (row["network"], row["method"]) == (name, method):
-                    points[row["batches"]].append((float(row["seconds"]), 100 * float(row["accuracy"])))
-            seconds = [statistics.mean(s for s, _ in seeds) for seeds in points.values()]
-            means = [statistics.mean(a for _, a in seeds) for seeds in points.values()]
-            spread = [statistics.stdev(a for _, a in seeds) for seeds in points.values()]
+            points = list(curve(rows, name, method))
+            seconds = [statistics.mean(seeds) for _, seeds, _ in points]
+            means = [statistics.mean(seeds) for _, _, seeds in points]
+            halves = [half_width(seeds) for _, _, seeds in points]
             axis.plot(seconds, means, label=method)
-            low, high = zip(*[(m - s, m + s) for m, s in zip(means, spread, strict=True)], strict=True)
+            low, high = zip(*[(m - h, m + h) for m, h in zip(means, halves, strict=True)], strict=True)
             axis.fill_between(seconds, low, high, alpha=0.2)
         axis.set(title=f"784-{name}-10", xlabel="CPU seconds of training, one thread", ylim=(90, 98.5))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("MNIST test accuracy, %")
+    axes[0].set_ylabel("MNIST test accuracy, % (bands: 95 % intervals)")
     axes[0].legend()
     figure.tight_layout()
-    save(figure, RESULTS.with_suffix(".svg"))
+    save(figure, path.with_suffix(".svg"))
 
 
 def main() -> None:
@@ -128,28 +158,23 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plot", action="store_true", help="only draw docs/results/accuracy_per_second.svg")
+    parser.add_argument("--table", action="store_true", help="only print the table of the rows, and plot them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path: Path = arguments.results
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    if arguments.plot:
-        plot(rows)
+    if arguments.table:
+        plot(path)
+        print(table(path))
         return
-    known = {(row["network"], row["method"], row["seed"]) for row in rows}
-    data = VisionDataModule("MNIST", root=arguments.root, batch_size=200, val_split=0.0)
+    known = finished(path, "network", "method", "seed")
+    data = VisionDataModule("MNIST", root=arguments.root, batch_size=BATCH, val_split=0.0)
     data.setup("fit")
     data.setup("test")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if not rows:
-            writer.writeheader()
-        for seed in range(arguments.seeds):
-            for name in NETWORKS:
-                for method in METHODS:
-                    if (name, method, str(seed)) not in known:
-                        writer.writerows(run(name, method, seed, data))
-                        file.flush()
+    for seed in range(arguments.seeds):
+        for name in NETWORKS:
+            for method in METHODS:
+                if (name, method, str(seed)) not in known:
+                    append(path, run(name, method, seed, data))
 
 
 if __name__ == "__main__":

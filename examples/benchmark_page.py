@@ -8,7 +8,6 @@ there, or holds nothing but tuning, leaves its table out, and the page says so.
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Callable
@@ -16,13 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "paper"))
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import accuracy
+import accuracy_per_second
 import bcd_mnist
 import convergence
 import curves
 import epochs
 import first_epoch
 import higgs
+import step_time
 from intervals import interval
 from rows import markdown, read
 
@@ -31,25 +33,19 @@ RESULTS = DOCS / "results"
 WANTED = 0.95
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name).open() as file:
-        return list(csv.DictReader(file))
-
-
 def accuracies() -> str:
     return accuracy.table(RESULTS / "accuracy.csv")
 
 
 def samples_to() -> str:
     """Samples seen and seconds of training until the accuracy is first reached, per network and method."""
-    batch = 200
-    runs: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for row in rows("accuracy_per_second.csv"):
-        runs.setdefault((row["network"], row["method"], row["seed"]), []).append(row)
-    first: dict[tuple[str, str], list[dict[str, str] | None]] = {}
+    runs: dict[tuple[str, str, int], list[accuracy_per_second.Row]] = {}
+    for row in read(RESULTS / "accuracy_per_second.csv", accuracy_per_second.Row):
+        runs.setdefault((row.network, row.method, row.seed), []).append(row)
+    first: dict[tuple[str, str], list[accuracy_per_second.Row | None]] = {}
     for (network, method, _), curve in runs.items():
-        curve.sort(key=lambda row: int(row["batches"]))
-        reached = next((row for row in curve if float(row["accuracy"]) >= WANTED), None)
+        curve.sort(key=lambda row: row.batches)
+        reached = next((row for row in curve if row.accuracy >= WANTED), None)
         first.setdefault((network, method), []).append(reached)
     lines: list[tuple[object, ...]] = []
     for (network, method), found in first.items():
@@ -57,8 +53,8 @@ def samples_to() -> str:
         if len(reached) < len(found):
             lines.append((network, method, len(found), f"not reached by {len(found) - len(reached)}", ""))
             continue
-        samples = [batch * int(row["batches"]) / 1000 for row in reached]
-        seconds = [float(row["seconds"]) for row in reached]
+        samples = [accuracy_per_second.BATCH * row.batches / 1000 for row in reached]
+        seconds = [row.seconds for row in reached]
         lines.append((network, method, len(found), *(interval(each, ".4g", ".2g") for each in (samples, seconds))))
     samples_to_wanted = f"thousands of samples to {100 * WANTED:.0f} % (95 %)"
     return markdown(("network", "method", "seeds", samples_to_wanted, "seconds (95 %)"), lines)
@@ -66,19 +62,34 @@ def samples_to() -> str:
 
 def time_and_memory() -> str:
     """Seconds per epoch of 60,000 samples and peak memory, from the time of a step."""
-    measured = json.loads((RESULTS / "step_time.json").read_text())
     lines = []
-    kept = [r for r in measured["rows"] if (r["level"], r["precision"]) == ("core", "fp32")]
+    kept = [r for r in step_time.read(RESULTS / "step_time.json") if (r["level"], r["precision"]) == ("core", "fp32")]
     kept = [r for r in kept if "engine" not in r["method"]]
     base = {(r["net"], r["threads"]): r["ms"] for r in kept if r["method"] == "backprop"}
     for row in sorted(kept, key=lambda r: (list(base).index((r["net"], r["threads"])), r["ratio"])):
-        steps = 60000 / (128 if row["net"] == "LeNet" else 200)
+        steps = 60000 / step_time.NETS[row["net"]][1][0]  # the shape of a batch, its size first
         milliseconds = row["ratio"] * base[row["net"], row["threads"]]  # rows were not all timed on the same day
         peak = f"{row['peak_mb']:.1f}" if "peak_mb" in row else ""
         cells = [row["net"], row["threads"], row["method"], f"{steps * milliseconds / 1000:.2f}", f"{row['ratio']:.2f}"]
         lines.append((*cells, peak))
     columns = ("network", "threads", "method", "seconds per epoch of 60,000", "ratio to backprop", "peak MB")
     return markdown(columns, lines)
+
+
+def step_costs() -> str:
+    """The least and the most that one code step costs, over networks and threads; README says it, too."""
+    rows = [r for r in step_time.read(RESULTS / "step_time.json") if r["precision"] == "fp32"]
+
+    def ratios(method: str, level: str) -> str:
+        found = [r["ratio"] for r in rows if (r["method"], r["level"]) == (method, level)]
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    eager, compiled = "1 code step", "1 code step, compiled"
+    return (
+        f"on a CPU an eager step takes {ratios(eager, 'core')} times as long as backprop's and a compiled one "
+        f"{ratios(compiled, 'core')} times; through the Trainer {ratios(eager, 'trainer')} and "
+        f"{ratios(compiled, 'trainer')} times"
+    )
 
 
 def energy() -> str:
@@ -131,9 +142,10 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "Time and memory",
         "step_time.json",
         "examples/benchmarks/step_time.py",
-        "Backprop's median time of a training step, times the steps of an epoch; others by their ratio to it "
-        "in paired runs. Data loading and Trainer are not counted. Peak memory is what a step "
-        "adds to network, optimizer and batch; of a compiled step it cannot be counted. More in [](speed.md).",
+        "Backprop's median time of a training step, times the steps of an epoch (batches of 200; LeNet 128, VGG-like "
+        "64); others by their ratio to it in paired runs. Data loading and Trainer are not counted. Peak memory is "
+        "what a step adds to network, optimizer and batch; of a compiled step it cannot be counted. More in "
+        "[](speed.md).",
         time_and_memory,
     ),
     (
@@ -210,9 +222,9 @@ stands under each. All of it ran on 2 CPU cores, unless a section says otherwise
   than the noise, very deep networks from PyTorch's default weights aside ([](deep.md)), and mostly a few hundredths
   of a point behind; on CIFAR-10 up to half a point, and more than a point in a convolutional network with BatchNorm
   unless `batch_norm="live"` is set.
-- **Long runs of AM-mem**: it leads in the first epoch, and after 50 at a constant rate it is behind SGD (below).
-- **Time**: on a CPU an eager step takes 1.3 to 1.95 times as long as backprop's; a compiled one from about as long to
-  half longer, and several code steps longer still. On a GPU an eager step takes two to five times as long, and with
+- **Long runs of AM-mem**: it leads in the first epoch; after 50 of MNIST at a constant rate it is behind SGD (below).
+- **Time**: with one code step, {step_costs}.
+  Several code steps take longer still. On a GPU an eager step takes two to five times as long, and with
   five code steps up to 9.5 times; only CUDA graphs make it as fast ([](speed.md)). A recurrent net's epoch takes 1.5
   to 2.4 times as long ([](recurrent.md)), a ResNet's 2.5 times ([](blocks.md)).
 - **Memory**: with one code step about that of backprop, but 26 to 37 % more in residual networks ([](blocks.md));
@@ -224,7 +236,8 @@ stands under each. All of it ran on 2 CPU cores, unless a section says otherwise
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD]
+    measured = (RESULTS / "step_time.json").exists()
+    parts = [HEAD.format(step_costs=step_costs() if measured else "nothing is measured yet")]
     for title, name, script, text, make in SECTIONS:
         parts.append(f"## {title}\n")
         table = make() if (RESULTS / name).exists() else ""

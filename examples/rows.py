@@ -17,19 +17,21 @@ _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a file, none if it does not exist; ``kind`` is a dataclass of numbers and strings."""
+    types = {field.name: _TYPES[str(field.type)] for field in fields(kind)}  # type: ignore[arg-type]
+    return [kind(**{name: make(row[name]) for name, make in types.items()}) for row in read_values(path)]
+
+
+def read_values(path: Path) -> list[dict[str, str]]:
+    """The same as strings by the names of the columns, for files with empty cells."""
     if not path.exists():
         return []
-    types = {field.name: _TYPES[str(field.type)] for field in fields(kind)}  # type: ignore[arg-type]
     with path.open() as file:
-        return [kind(**{name: make(row[name]) for name, make in types.items()}) for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def finished(path: Path, *columns: str) -> set[tuple[str, ...]]:
     """What the rows of a file have in these columns; nothing if there is no file."""
-    if not path.exists():
-        return set()
-    with path.open() as file:
-        return {tuple(row[column] for column in columns) for row in csv.DictReader(file)}
+    return {tuple(row[column] for column in columns) for row in read_values(path)}
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:

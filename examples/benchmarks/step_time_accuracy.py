@@ -10,20 +10,33 @@ of images. Rows of docs/results/step_time_accuracy.csv are written as runs end; 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for rows
 import torch
+from rows import append, finished
 from step_time import METHODS, NETS
 from step_time_table import RESULTS
 from torch import nn
 
 from lightning_altmin.data import ImageFolderDataModule, VisionDataModule
 
-FIELDS = ["network", "precision", "method", "seed", "accuracy"]
 CHOSEN = ("backprop", "1 code step", "1 code step, fixed rate", "5 code steps")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    network: str
+    precision: str
+    method: str
+    seed: int
+    accuracy: float
 
 
 def data_module(net: str, arguments: argparse.Namespace) -> Any:
@@ -66,22 +79,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path: Path = arguments.results
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    known = {tuple(row[name] for name in FIELDS[:4]) for row in rows}
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if not rows:
-            writer.writeheader()
-        for net in arguments.nets:
-            data = data_module(net, arguments)
-            for seed, precision, method in itertools.product(
-                range(arguments.seeds), arguments.precision, arguments.methods
-            ):
-                key = net, precision, method, str(seed)
-                if key not in known:
-                    accuracy = run(net, method, precision, seed, data)
-                    writer.writerow(dict(zip(FIELDS, (*key, round(accuracy, 4)), strict=True)))
-                    file.flush()
+    known = finished(path, "network", "precision", "method", "seed")
+    for net in arguments.nets:
+        data = data_module(net, arguments)
+        for seed, precision, method in itertools.product(
+            range(arguments.seeds), arguments.precision, arguments.methods
+        ):
+            if (net, precision, method, str(seed)) not in known:
+                accuracy = run(net, method, precision, seed, data)
+                append(path, [Row(net, precision, method, seed, round(accuracy, 4))])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""The table of docs/speed.md: rows of step_time.py, beside the accuracies that the same settings reach."""
+"""The table of docs/speed.md: rows of step_time.py, and the accuracies of the same settings with 95 % intervals."""
 
 from __future__ import annotations
 
-import csv
-import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for intervals and rows
+from intervals import interval
+from rows import markdown, read_values
 
 RESULTS = Path(__file__).parent.parent.parent / "docs" / "results"
 HEADER = (
@@ -36,29 +39,22 @@ _TUNED = {"backprop": "backprop", "1 code step": "AltMin"}
 def accuracies() -> dict[tuple[str, str, str], str]:
     """Test accuracy in % by network, precision and method, after an epoch at the timed rate."""
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    path = RESULTS / "step_time_accuracy.csv"
-    if path.exists():
-        for row in csv.DictReader(path.open()):
-            found[row["network"], row["precision"], row["method"]].append(100 * float(row["accuracy"]))
-    return {key: _spread(values) for key, values in found.items()}
+    for row in read_values(RESULTS / "step_time_accuracy.csv"):
+        found[row["network"], row["precision"], row["method"]].append(100 * float(row["accuracy"]))
+    return {key: interval(values) for key, values in found.items()}
 
 
 def tuned_accuracies() -> dict[tuple[str, str], str]:
     """Test accuracy in % by network and method, after the longest tuned run there is."""
     found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in csv.DictReader((RESULTS / "accuracy.csv").open()):
+    for row in read_values(RESULTS / "accuracy.csv"):
         if row["phase"] == "final":
             found[row["network"], row["method"]][int(row["epochs"])].append(100 * float(row["accuracy"]))
     result = {}
     for key, by_epochs in found.items():
         epochs = max(by_epochs)
-        result[key] = f"{_spread(by_epochs[epochs])} ({epochs} epochs)"
+        result[key] = f"{interval(by_epochs[epochs])} ({epochs} epochs)"
     return result
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} (1 seed)" if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def table(rows: list[dict[str, Any]], nets: list[str], methods: list[str]) -> str:
@@ -67,14 +63,14 @@ def table(rows: list[dict[str, Any]], nets: list[str], methods: list[str]) -> st
     settings = {key[:4] for key in by_key}
     order = sorted(settings, key=lambda k: (k[1] != "fp32", k[2], nets.index(k[0]), methods.index(k[3])))
     reached, tuned = accuracies(), tuned_accuracies()
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    lines: list[tuple[object, ...]] = []
     for net, precision, threads, method in order:
         core, trainer = (by_key.get((net, precision, threads, method, level), {}) for level in ("core", "trainer"))
         any_row = core or trainer
         base = by_key.get((net, precision, threads, "backprop", "core" if core else "trainer"), {})
         work = any_row.get("million_multiply_adds")
         same = _SAME.get(method, method)
-        cells = [
+        cells = (
             net,
             -threads,
             precision,
@@ -87,6 +83,6 @@ def table(rows: list[dict[str, Any]], nets: list[str], methods: list[str]) -> st
             "" if "matmul_bound" not in core else f"{100 * core['matmul_bound']:.0f} %",
             reached.get((net, precision, same), ""),
             tuned.get((net, _TUNED.get(same, "")), "") if precision == "fp32" else "",
-        ]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+        )
+        lines.append(cells)
+    return markdown(HEADER, lines)

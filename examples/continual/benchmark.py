@@ -22,17 +22,19 @@ learn on drift for as long as a task lasts.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import logging
+import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for rows
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from methods import GRIDS, GRIDS_OF, METHODS, Run, memory, neighbours, replay
+from rows import append_values, finished, read_values
 from suites import SUITES, conv
 
 from lightning_altmin.continual import (
@@ -96,23 +98,11 @@ def after_joint(module: LightningModule, stream: TaskStream, part: str) -> float
 
 def tuned(path: Path, suite: str, method: str) -> dict[str, float]:
     """The settings that were best in a file written with ``--tune``; the method's own defaults without one."""
-    rows = [row for row in read(path) if row["suite"] == suite and row["method"] == method]
+    rows = [row for row in read_values(path) if row["suite"] == suite and row["method"] == method]
     if not rows:
         return {}
     best = max(rows, key=lambda row: float(row["accuracy"]))
     return {k: float(v) for k, v in (pair.split("=") for pair in best["settings"].split())}
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def done(path: Path, *columns: str) -> set[tuple[str, ...]]:
-    """What a file has rows of: an interrupted benchmark goes on where it was."""
-    return {tuple(row[column] for column in columns) for row in read(path)}
 
 
 COLUMNS = (
@@ -122,13 +112,9 @@ COLUMNS = (
 
 
 def write(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    """Add a row; columns that it does not have are left empty."""
+    values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+    append_values(path, COLUMNS, [[values.get(column, "") for column in COLUMNS]])
     print({k: v for k, v in row.items() if k != "suite"}, flush=True)
 
 
@@ -154,7 +140,7 @@ def tune(suite: str, methods: list[str], root: str, out: Path, share: float) -> 
         """Measure what is not in the file yet; the best of all there."""
         for settings in chosen:
             row = {"suite": suite, "method": method, "settings": described(settings), "seed": 1000}
-            if (suite, method, row["settings"]) not in done(out, "suite", "method", "settings"):
+            if (suite, method, row["settings"]) not in finished(out, "suite", "method", "settings"):
                 try:
                     result = train(made(method, suite, 1000, settings), part, 1000, part="val")
                 except NonFiniteError:  # rates at which it diverges are the worst ones
@@ -175,7 +161,7 @@ def measure(suite: str, methods: list[str], seeds: int, root: str, out: Path, tu
         rows = [
             {"suite": suite, "method": m, "settings": described(tuned(tuning, suite, m)), "seed": seed} for m in methods
         ]
-        there = done(out, "suite", "method", "settings", "seed")
+        there = finished(out, "suite", "method", "settings", "seed")
         missing = [row for row in rows if tuple(map(str, row.values())) not in there]
         stream = SUITES[suite].stream(root, seed) if missing else None
         for row in missing:
@@ -191,12 +177,12 @@ def bytes_curve(root: str, seeds: int, out: Path, tuning: Path) -> None:
     frozen, replayed = (tuned(tuning, "split_mnist", method) for method in ("AM-mem, frozen features", "replay 1000"))
     memories = [(f"AM-mem, {size} filters", size, frozen) for size in (2, 4, 8, 16, 48, 78)]
     for seed, (name, size, settings) in itertools.product(range(seeds), memories):
-        if ("bytes", name, str(seed)) not in done(out, "suite", "method", "seed"):
+        if ("bytes", name, str(seed)) not in finished(out, "suite", "method", "seed"):
             result = train(memory(conv(seed, channels=size), **settings), stream, seed)
             write(out, {"suite": "bytes", "method": name, "seed": seed, **result})
     for seed, size in itertools.product(range(seeds), (30, 7500, 20000)):
         name = f"replay {size}"
-        if ("bytes", name, str(seed)) not in done(out, "suite", "method", "seed"):
+        if ("bytes", name, str(seed)) not in finished(out, "suite", "method", "seed"):
             result = train(replay(conv(seed), size=size, **replayed), stream, seed)
             write(out, {"suite": "bytes", "method": name, "seed": seed, **result})
 

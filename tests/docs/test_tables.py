@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in (EXAMPLES / "continual", EXAMPLES / "paper", EXAMPLES):
+    for folder in (EXAMPLES / "continual", EXAMPLES / "paper", EXAMPLES / "benchmarks", EXAMPLES):
         monkeypatch.syspath_prepend(folder)
 
 
@@ -66,6 +67,39 @@ def test_tuning_alone_is_not_shown_as_measured(
     assert page.page().count("Not measured yet") == len(page.SECTIONS)  # the other files are not there at all
 
 
+def test_seconds_of_an_epoch_are_those_of_the_networks_own_batches(
+    page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches one batch size for all networks: the VGG-like one takes 64 images, so 60,000 are 937.5 steps. At 40 ms a
+    step that is 37.5 s, by a method of ratio 2 it is 75 s; LeNet's 128 images make 468.75 steps of 40 ms, 18.75 s.
+    """
+    row = {"level": "core", "precision": "fp32", "threads": 2, "ms": 40.0}
+    found = [("VGG-like", "backprop", 1.0), ("VGG-like", "5 code steps", 2.0), ("LeNet", "backprop", 1.0)]
+    rows = [row | {"net": net, "method": method, "ratio": ratio} for net, method, ratio in found]
+    (tmp_path / "step_time.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    lines = page.time_and_memory().splitlines()[2:]
+    assert [line.split(" | ")[3] for line in lines] == ["37.50", "75.00", "18.75"]
+
+
+def test_new_rows_have_the_columns_of_the_committed_files(tmp_path: Path) -> None:
+    """Catches other columns or another order, a missing value that shifts those after it, and a second head."""
+    rows, per_second = importlib.import_module("rows"), importlib.import_module("accuracy_per_second")
+    values = {"suite": "bytes", "method": "new", "seed": 7, "accuracy": 0.25, "state_bytes": 3, "seconds": 1.0}
+    accuracy = importlib.import_module("step_time_accuracy").Row("LeNet", "fp32", "new", 7, 0.25)
+    for _ in range(2):
+        importlib.import_module("benchmark").write(tmp_path / "continual.csv", values)
+        rows.append(tmp_path / "step_time_accuracy.csv", [accuracy])
+        rows.append(tmp_path / "accuracy_per_second.csv", [per_second.Row("2x100", "new", 7, 30, 1.5, 0.25)])
+    for name, line in {
+        "continual.csv": "bytes,new,,7,0.25,,,,3,1",
+        "step_time_accuracy.csv": "LeNet,fp32,new,7,0.25",
+        "accuracy_per_second.csv": "2x100,new,7,30,1.5,0.25",
+    }.items():
+        head = (EXAMPLES.parent / "docs" / "results" / name).read_text(encoding="utf-8").splitlines()[0]
+        assert (tmp_path / name).read_text(encoding="utf-8") == f"{head}\n{line}\n{line}\n"
+
+
 @pytest.mark.parametrize(
     ("page_name", "script"),
     [
@@ -73,6 +107,7 @@ def test_tuning_alone_is_not_shown_as_measured(
         ("deep.md", "deep_networks"),
         ("results.md", "code_solvers"),
         ("sparse.md", "sparse"),
+        ("speed.md", "accuracy_per_second"),
     ],
 )
 def test_pages_show_the_rows_that_are_committed(page_name: str, script: str) -> None:
@@ -100,6 +135,21 @@ def test_the_readme_shows_rows_of_the_results() -> None:
     shown = [line for line in readme.splitlines() if line.startswith("|")]
     assert len(shown) > 2
     assert set(shown) <= set(known)
+
+
+def test_the_page_of_speed_shows_the_rows_that_are_committed() -> None:
+    """Catches the same of the table of steps, which has its rows from several files."""
+    step_time = importlib.import_module("step_time")
+    rows = step_time.read(EXAMPLES.parent / "docs" / "results" / "step_time.json")
+    text = (EXAMPLES.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert step_time.table(rows, list(step_time.NETS), list(step_time.METHODS)) in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/speed.md"])
+def test_pages_say_what_a_step_costs_by_the_rows(page: ModuleType, name: str) -> None:
+    """Catches ranges of one level given for the other, and older ones."""
+    text = (EXAMPLES.parent / name).read_text(encoding="utf-8")
+    assert page.step_costs() in " ".join(text.split())
 
 
 def test_the_page_of_benchmarks_is_that_of_the_rows(page: ModuleType) -> None:
