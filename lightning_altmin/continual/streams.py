@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.continual.samples import Samples, SamplesLike, as_samples
 from lightning_altmin.continual.task import Task, TaskStream
-from lightning_altmin.data.base import check_val_split
 from lightning_altmin.data.resumable_loader import BatchPreparation
 from lightning_altmin.data.seeding import derived_generator
+from lightning_altmin.data.val_split import hold_out
 from lightning_altmin.optional_imports import import_extra
 
 Labels = Literal["global", "local"]
@@ -264,17 +264,8 @@ def held_out(samples: Samples, val_split: int | float, generator: torch.Generato
     Raises:
         ValueError: If ``val_split`` is out of range, leaves no training sample or holds out none.
     """
-    check_val_split(val_split)
-    if not val_split:
-        return samples, None
-    number = val_split if isinstance(val_split, int) else round(val_split * len(samples))
-    if not 0 < number < len(samples):
-        raise ValueError(
-            f"val_split={val_split!r} holds out {number} of a task's {len(samples)} training samples; at least one "
-            "must be held out and one be left"
-        )
-    order = torch.randperm(len(samples), generator=generator)
-    return samples.take(order[number:].sort().values), samples.take(order[:number].sort().values)
+    parts = hold_out(len(samples), val_split, generator)
+    return (samples, None) if parts is None else (samples.take(parts[0]), samples.take(parts[1]))
 
 
 def _task(

@@ -6,10 +6,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lightning_altmin.arguments import check_count, check_number
+from lightning_altmin.arguments import check_count
 from lightning_altmin.data.indexed_loader import IndexedLoader
 from lightning_altmin.data.resumable_data_module import EvaluationPart, ResumableDataModule
 from lightning_altmin.data.resumable_loader import BatchPreparation, BatchTransform
+from lightning_altmin.data.val_split import check_val_split, hold_out
 from lightning_altmin.trainer.progress import TrainingProgress
 
 
@@ -171,33 +172,8 @@ class IndexedDataModule(ResumableDataModule):
             if len(sources.val) == 0:
                 raise ValueError("the validation data has no samples")
             return _Part(sources.train), _Part(sources.val)
-        held_out = self.val_split if isinstance(self.val_split, int) else round(self.val_split * samples)
-        if held_out >= samples:
-            raise ValueError(f"val_split={self.val_split!r} leaves no training samples: there are {samples} in all")
-        if held_out == 0:
-            if self.val_split:
-                raise ValueError(
-                    f"val_split={self.val_split!r} holds out no sample of {samples}; use a larger one, or 0 for none"
-                )
+        parts = hold_out(samples, self.val_split, torch.Generator().manual_seed(self.split_seed))
+        if parts is None:
             return _Part(sources.train), None
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self.split_seed))
-        # sorted, so that validation runs over the data in stored order
-        return (
-            _Part(sources.train, order[held_out:].sort().values),
-            _Part(sources.train, order[:held_out].sort().values),
-        )
-
-
-def check_val_split(value: int | float) -> None:
-    """Raise unless ``value`` is a share of the samples, or a number of them.
-
-    Args:
-        value: A float in [0, 1), or an integer >= 0.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    if isinstance(value, float):
-        check_number("val_split", value, least=0, below=1, otherwise="be an integer, a number of samples")
-    else:
-        check_count("val_split", value, 0, otherwise="a float in [0, 1), a share of the samples")
+        train, val = parts
+        return _Part(sources.train, train), _Part(sources.train, val)
