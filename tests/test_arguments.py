@@ -38,6 +38,7 @@ from lightning_altmin.continual.callbacks import (
     SynapticIntelligence,
     TaskCheckpoint,
     TaskEarlyStopping,
+    TaskLearningRates,
 )
 from lightning_altmin.continual.metrics import stability_gap
 from lightning_altmin.data import CSVDataModule, DigitsDataModule
@@ -168,6 +169,9 @@ NUMBERS: list[tuple[Any, dict[str, Any], str, float]] = [
     (offline(MACModule), {}, "mu", 1),
     (offline(MACModule), {}, "growth", 1),
     (OnlineEWC, {}, "strength", 1),
+    (OnlineEWC, {}, "gamma", 1),
+    (TaskEarlyStopping, {}, "min_delta", 1),
+    (TaskLearningRates, {}, "factor", 1),
     (SynapticIntelligence, {}, "damping", 1),
     (OrthogonalWeights, {}, "ridge", 1),
     (MemoryPolicy, {}, "factor", 0.5),

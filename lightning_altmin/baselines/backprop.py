@@ -26,6 +26,9 @@ class BackpropModule(SupervisedModule):
         lr_interval: As for `AltMinModule`.
         lr_frequency: As for `AltMinModule`.
         lr_monitor: As for `AltMinModule`.
+
+    Raises:
+        TypeError: If ``network`` is no module or ``optimizer`` no function.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class BackpropModule(SupervisedModule):
     ) -> None:
         loss = nn.CrossEntropyLoss() if loss is None else loss
         super().__init__(loss, metrics, lr_scheduler, lr_interval, lr_frequency, lr_monitor)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be an nn.Module, an instance and not its class, got {network!r}")
         if not callable(optimizer):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
         self.network = network

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.continual.callbacks.penalty import QuadraticPenalty, Tensors, copies, trained
 from lightning_altmin.continual.callbacks.stream_access import evaluating, inputs_and_labels, stream_data
 from lightning_altmin.continual.task import Task
@@ -50,8 +50,7 @@ class OnlineEWC(QuadraticPenalty):
         seed: int = 0,
     ) -> None:
         super().__init__(strength)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+        check_number("gamma", gamma, least=0, most=1)
         if fisher not in ("exact", "sample", "empirical"):
             raise ValueError(f"fisher must be 'exact', 'sample' or 'empirical', got {fisher!r}")
         if samples is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.continual.callbacks.stream_access import task_stream_data
 from lightning_altmin.continual.task import Task
 
@@ -41,8 +41,7 @@ class TaskEarlyStopping(Callback):
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         check_count("patience", patience)
-        if not (math.isfinite(min_delta) and min_delta >= 0):
-            raise ValueError(f"min_delta must be >= 0, got {min_delta}")
+        check_number("min_delta", min_delta, least=0)
         self.monitor = monitor
         self.mode = mode
         self.patience = patience

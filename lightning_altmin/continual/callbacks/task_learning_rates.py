@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_altmin.arguments import check_number
 from lightning_altmin.continual.callbacks.stream_access import refuse_layer_parallelism, stream_data
 from lightning_altmin.continual.task import Task
 
@@ -28,8 +29,7 @@ class TaskLearningRates(Callback):
     """
 
     def __init__(self, factor: float = 0.0, stages: Sequence[str] | None = None) -> None:
-        if not 0 <= factor <= 1:
-            raise ValueError(f"factor must lie in [0, 1], got {factor}")
+        check_number("factor", factor, least=0, most=1)
         self.factor = factor
         self.stages = None if stages is None else list(stages)
 
