@@ -215,7 +215,7 @@ def test_a_schedule_must_be_a_factory(kind: Any) -> None:
 
 def test_an_optimizer_must_be_a_factory() -> None:
     """Catches an optimizer instance where a function of parameters is asked for."""
-    with pytest.raises(TypeError, match="network must be an nn.Module, an instance and not its class, got <class"):
+    with pytest.raises(TypeError, match=r"network must be an nn\.Module, an instance and not its class, got <class"):
         BackpropModule(nn.Linear)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer must be a function of parameters"):
         BackpropModule(network(), optimizer=3)  # type: ignore[arg-type]
