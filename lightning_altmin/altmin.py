@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_altmin.arguments import given_or
 from lightning_altmin.codes import CodeProblem, CodeSolver, CurvatureCodes
 from lightning_altmin.compiled import CompiledBatch
 from lightning_altmin.engines import Gradients
@@ -70,29 +71,16 @@ class AltMin(nn.Module):
         self.network = self.coded.network
         self.local_loss = local_loss(loss)
         self.loss = loss  # registered if it is a module, so that its buffers move with this one
-        self.objective = AltMinObjective() if objective is None else objective
-        self.codes = CurvatureCodes() if codes is None else codes
-        self.weights = LocalGradient() if weights is None else weights
-        processes = Processes() if processes is None else processes
-        for name, value, kind in (
-            ("objective", self.objective, AltMinObjective),
-            ("codes", self.codes, CodeSolver),
-            ("weights", self.weights, WeightSolver),
-            ("processes", processes, Processes),
-        ):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} must be an instance of {kind.__name__}, got {value!r}")
+        self.objective: AltMinObjective = given_or(AltMinObjective, "objective", objective, AltMinObjective)
+        self.codes: CodeSolver = given_or(CurvatureCodes, "codes", codes, CodeSolver)
+        self.weights: WeightSolver = given_or(LocalGradient, "weights", weights, WeightSolver)
         self.codes.check([self.coded.stages[maker] for maker in self.coded.makers()], self.objective)
         self.codes.check_loss(self.local_loss)
         self.coded.refuse_codes(self.codes)
         self.weights.check(self.coded.stages, self.objective)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self.codes.prepare(self.coded.depth)
-        if any(parameter.dtype == torch.float16 for parameter in self.network.parameters()):
-            raise ValueError(
-                "network has parameters in float16, in which most moves of lower codes are zero: keep them in float32 "
-                "(network.float()) and compute in 16 bits by Trainer(precision='bf16-mixed') or torch.autocast"
-            )
+        _refuse_half_precision(self.network)
         self._probe = (next(self.network.parameters()),)  # tells the device; in a tuple: not registered twice
         if not self._probe[0].is_meta:  # a network that is on its device already; without data, values would be lost
             for part in (self.objective, self.codes, self.weights):
@@ -106,8 +94,8 @@ class AltMin(nn.Module):
         self.batches_seen = 0
         self.split_verified = not self.coded.split_found
         self.compiled: CompiledBatch | None = None
-        self.processes = processes
-        self.compiled = CompiledBatch(self, compile) if compile else None
+        self.processes = given_or(Processes, "processes", processes, Processes)
+        self.compiled = CompiledBatch(self, compile) if compile else None  # of stages that know who shares a batch
 
     # ---------------------------------------------------------------- the algorithm
 
@@ -399,3 +387,11 @@ class AltMin(nn.Module):
         evidence = [step.loss, *(n.running_var.sum() for n in self.norms if n.running_var is not None)]
         evidence += self.weights.evidence()
         return evidence if step.y is step.given else evidence + self.local_loss.evidence(step.output, step.given)
+
+
+def _refuse_half_precision(network: nn.Module) -> None:
+    if any(parameter.dtype == torch.float16 for parameter in network.parameters()):
+        raise ValueError(
+            "network has parameters in float16, in which most moves of lower codes are zero: keep them in float32 "
+            "(network.float()) and compute in 16 bits by Trainer(precision='bf16-mixed') or torch.autocast"
+        )

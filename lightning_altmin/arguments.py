@@ -1,10 +1,13 @@
-"""Checks of numbers that users give: each error names the argument, what is allowed and what was given."""
+"""Checks of what users give: each error names the argument, what is allowed and what was given."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
+
+Part = TypeVar("Part")
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None, otherwise: str = "") -> None:
@@ -75,3 +78,22 @@ def _refusal(name: str, rule: str, otherwise: str, value: object) -> str:
     alternative = f", or {otherwise}" if otherwise else ""
     kind = "" if isinstance(value, (int, float)) or value is None else f" of type {type(value).__name__}"
     return f"{name} must {rule}{alternative}, got {value!r}{kind}"
+
+
+def given_or(default: Callable[[], Part], name: str, given: Part | None, kind: type) -> Part:
+    """What was given for an argument, or what stands for ``None``.
+
+    Args:
+        default: Makes what stands for ``None``.
+        name: The argument's name, for the message.
+        given: What the caller gave.
+        kind: The class that it must be an instance of.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if given is None:
+        return default()
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} must be an instance of {kind.__name__}, got {given!r}")
+    return given
