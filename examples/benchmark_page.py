@@ -179,7 +179,8 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "validation split. The smallest rate of the grid was best on CIFAR-10 for all four that have one, and on "
         "2x100 for both kinds of Adam: there smaller ones may be better still. AM-mem leads after one epoch. After 50 "
         "SGD and AM-SGD do on MNIST; on CIFAR-10 AM-mem's one run is above all other means from the tenth epoch on. "
-        "Runs of 2x500 (but for two) and of CIFAR-10 (but for AM-mem's) were made on an H200, PyTorch 2.11.\n\n"
+        "17 of the 25 runs of 2x500 and those of CIFAR-10 (but for AM-mem's) were made on an H200, PyTorch 2.11, the "
+        "others on CPUs.\n\n"
         "![Error over epochs](results/epochs.svg)",
         fifty_epochs,
     ),
