@@ -147,3 +147,12 @@ def test_bad_settings_are_refused(setting: dict[str, Any], message: str) -> None
     """Catches a penalty that shrinks, or a step that does nothing."""
     with pytest.raises(ValueError, match=message):
         MACModule(perceptron(), **setting)
+
+
+def test_variables_stay_where_a_line_search_went_wrong() -> None:
+    """Catches variables left outside of the function's domain: sqrt falls towards 0, and is NaN below it."""
+    x = torch.tensor([0.01], dtype=torch.float64)
+    mac.lower(lambda: x.sqrt().sum(), [x], iterations=1)
+    assert 0.0 <= float(x) <= 0.01
+    assert not x.requires_grad
+    assert x.grad is None

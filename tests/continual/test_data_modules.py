@@ -371,3 +371,25 @@ def test_a_checkpoint_of_another_stream_is_refused(tmp_path: Path) -> None:
     smaller = TaskStreamDataModule(blob_stream(), batch_size=8, epochs_per_task=2, replay=replay)
     with pytest.raises(ValueError, match="batch_size"):
         fit(backprop(), smaller, ckpt=path)
+
+
+@pytest.mark.parametrize("kind", [TaskStreamDataModule, OnlineTaskStreamDataModule])
+def test_a_stream_can_be_looked_at_without_a_trainer(kind: type[Any]) -> None:
+    """Catches a data module that asks a Trainer it does not have: its first task is the current one, nothing trained."""
+    data = kind(blob_stream())
+    for stage in ("validate", "fit"):
+        data.setup(stage)
+        data.teardown(stage)
+    assert data.task.index == 0
+    if kind is TaskStreamDataModule:
+        data.end_task()  # no epoch is running that could be the last one
+        assert (data.task.index, data.epoch_in_task, data.task_is_over) == (0, 0, False)
+
+
+def test_buffers_of_other_processes_are_refused() -> None:
+    """Catches a run on fewer processes that goes on with one buffer of two, as if it were all that was kept."""
+    data = SETUPS["replay"]()
+    state = data.state_dict()
+    state["replay"] = [*state["replay"], *state["replay"]]
+    with pytest.raises(ValueError, match="replay buffers of 2 processes, this run has 1"):
+        data.load_state_dict(state)

@@ -303,3 +303,14 @@ def test_plots_show_the_numbers_and_the_boundaries() -> None:
     assert list(lines["task 1"].get_ydata()) == pytest.approx([row[1] for row in TRAJECTORY])
     assert [list(line.get_xdata()) for line in stream.axes[0].lines if line.get_linestyle() == "--"] == [[10.0, 10.0]]
     assert all(a < b for a, b in pairwise(step.tolist()))
+
+
+def test_of_no_evaluation_there_is_nothing_to_say() -> None:
+    """Catches a number, or a figure, made of nothing."""
+    nothing: tuple[Any, Any] = (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    assert math.isnan(metrics.worst_case_accuracy(*nothing))
+    pytest.importorskip("matplotlib")
+    from lightning_altmin.continual.plots import plot_stream
+
+    with pytest.raises(ValueError, match="no evaluation to draw"):
+        plot_stream(*nothing, torch.zeros(0, dtype=torch.long))

@@ -328,3 +328,14 @@ def test_data_sets_of_any_kind_become_tasks() -> None:
     assert [t.name for t in stream] == ["a", "b"]
     with pytest.raises(ValueError, match="one entry per task"):
         from_datasets([subset], [])
+
+
+def test_errors_of_rotated_streams() -> None:
+    """Catches a stream of no tasks, and vectors that would be turned as if they were images."""
+    images = torch.zeros(4, 1, 3, 3), torch.arange(4)
+    with pytest.raises(ValueError, match="angles must name at least one angle, got none"):
+        rotated(images, images, angles=())
+    with pytest.raises(
+        ValueError, match=r"needs images of shape \(channels, height, width\), got inputs of shape \(3,\)"
+    ):
+        rotated(numbered(4, 2), numbered(4, 2), angles=(0, 90))

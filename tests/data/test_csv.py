@@ -303,3 +303,9 @@ def test_loader_range_is_checked(tmp_path: Path) -> None:
         CSVLoader(file, schema, 4, shuffle_buffer=-2)
     with pytest.raises(ValueError, match="shuffle_buffer must be an integer >= 0, got 'all'"):
         CSVLoader(file, schema, 4, shuffle_buffer="all")  # type: ignore[arg-type]
+
+
+def test_loaders_are_made_after_setup(tmp_path: Path) -> None:
+    """Catches a loader of a file that nobody has looked at."""
+    with pytest.raises(RuntimeError, match=r"call setup\(\) of CSVDataModule before asking for its loaders"):
+        CSVDataModule(tmp_path / "rows.csv").train_dataloader()

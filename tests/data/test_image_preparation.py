@@ -53,3 +53,9 @@ def test_impossible_statistics_are_refused(mean: tuple[float, ...], std: tuple[f
     """Catches statistics that would broadcast or divide by zero."""
     with pytest.raises(ValueError, match=message):
         ImagePreparation(255, mean, std)
+
+
+def test_statistics_of_no_images_are_refused() -> None:
+    """Catches a mean of nothing."""
+    with pytest.raises(ValueError, match="statistics need at least one image"):
+        byte_channel_statistics([])

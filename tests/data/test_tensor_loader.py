@@ -245,3 +245,16 @@ def test_unusable_data_is_refused(x: torch.Tensor, y: torch.Tensor, indices: tor
     """Catches empty loaders, samples without targets, and indices that would wrap around."""
     with pytest.raises(ValueError, match=message):
         TensorLoader(x, y, 2, indices=indices)
+
+
+def test_a_loader_that_was_not_used_has_nothing_to_give_back() -> None:
+    """Catches a loader that can be closed or saved only after its first batch, and a loaded state that is lost again."""
+    x, y = numbered(20)
+    fresh = TensorLoader(x, y, 3)
+    fresh.close()
+    assert (fresh.state_dict()["status"], fresh.state_dict()["position"]) == ("fresh", 0)
+    running = TensorLoader(x, y, 3)
+    next(iter(running))
+    fresh.load_state_dict(running.state_dict())
+    assert fresh.state_dict() == running.state_dict()
+    assert fresh.state_dict()["position"] == 1

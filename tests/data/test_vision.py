@@ -143,3 +143,14 @@ def test_real_mnist(mnist_root: Path) -> None:
     assert abs(float(x.mean())) < 5e-3
     assert abs(float(x.std()) - 1) < 5e-3
     assert torch.bincount(torch.cat([y for _, y in batches])).min() > 4000
+
+
+def test_without_augmentation_images_are_as_they_are(fakes: dict[str, type[FakeDataset]]) -> None:
+    """Catches crops of training images that nobody asked for."""
+    data = VisionDataModule("CIFAR10", batch_size=30, normalize=False)
+    assert data.augmentation() is None
+    data.setup("fit")
+    images = torch.from_numpy(fakes["CIFAR10"]("", train=True, download=False).data).permute(0, 3, 1, 2)
+    x, _ = next(iter(data.train_dataloader()))
+    stored = {tuple(image.flatten().tolist()) for image in images}
+    assert {tuple(image.flatten().tolist()) for image in (x * 255).round().to(torch.uint8)} <= stored
