@@ -375,7 +375,7 @@ def test_a_checkpoint_of_another_stream_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [TaskStreamDataModule, OnlineTaskStreamDataModule])
 def test_a_stream_can_be_looked_at_without_a_trainer(kind: type[Any]) -> None:
-    """Catches a data module that asks a Trainer it does not have: its first task is the current one, nothing trained."""
+    """Catches a data module that asks a Trainer it does not have: the first task is the current one."""
     data = kind(blob_stream())
     for stage in ("validate", "fit"):
         data.setup(stage)

@@ -335,7 +335,5 @@ def test_errors_of_rotated_streams() -> None:
     images = torch.zeros(4, 1, 3, 3), torch.arange(4)
     with pytest.raises(ValueError, match="angles must name at least one angle, got none"):
         rotated(images, images, angles=())
-    with pytest.raises(
-        ValueError, match=r"needs images of shape \(channels, height, width\), got inputs of shape \(3,\)"
-    ):
+    with pytest.raises(ValueError, match=r"needs images of shape .*, got inputs of shape \(3,\)"):
         rotated(numbered(4, 2), numbered(4, 2), angles=(0, 90))

@@ -248,7 +248,7 @@ def test_unusable_data_is_refused(x: torch.Tensor, y: torch.Tensor, indices: tor
 
 
 def test_a_loader_that_was_not_used_has_nothing_to_give_back() -> None:
-    """Catches a loader that can be closed or saved only after its first batch, and a loaded state that is lost again."""
+    """Catches a loader that can be closed or saved only after its first batch, and a loaded state that is lost."""
     x, y = numbered(20)
     fresh = TensorLoader(x, y, 3)
     fresh.close()
