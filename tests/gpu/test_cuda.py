@@ -18,9 +18,14 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, AltMinModule, CoactivationMemory, CurvatureCodes, GradientCodes, LocalGradient
+from lightning_altmin.baselines import ADMMModule, BCDModule
+from lightning_altmin.continual import SynapticIntelligence
 from lightning_altmin.guard import NonFiniteError
 from lightning_altmin.nn import MLP, ConvNet
 from lightning_altmin.strategies import DataParallel
+from tests.continual.problems import backprop, blob_data
+from tests.continual.problems import fit as fit_stream
+from tests.continual.recording import SaveAt
 from tests.module.problems import loader, network
 
 # Shown, and not errors as elsewhere: no CI sees what CUDA's and torch's releases warn of on such a machine.
@@ -235,6 +240,35 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     fit.save_checkpoint(tmp_path / "saved.ckpt")
     _, resumed = run(2, 3, tmp_path / "saved.ckpt")
     assert all(torch.equal(value, straight[name]) for name, value in resumed.items())
+
+
+@pytest.mark.parametrize("method", [ADMMModule, BCDModule])
+def test_offline_methods_resume_on_the_device(method: Any, tmp_path: Path) -> None:
+    """Catches samples and variables left on the CPU, where Lightning loads a checkpoint."""
+
+    def run(epochs: int, ckpt: Path | None = None) -> tuple[Trainer, dict[str, Tensor]]:
+        module, fit = method(network(seed=2)), gpu_trainer(max_epochs=epochs)
+        fit.fit(module, loader(20, 20), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return fit, {name: value.cpu() for name, value in module.state_dict().items()}
+
+    _, straight = run(3)
+    fit, _ = run(2)
+    fit.save_checkpoint(tmp_path / "saved.ckpt")
+    _, resumed = run(3, tmp_path / "saved.ckpt")
+    for name, value in resumed.items():
+        torch.testing.assert_close(value, straight[name])
+
+
+def test_synaptic_intelligence_resumes_on_the_device(tmp_path: Path) -> None:
+    """Catches a path, or where it began, left on the CPU: the run is cut within the second task."""
+    path, ends = tmp_path / "saved.ckpt", []
+    for ckpt in (None, path):
+        module, penalty = backprop(), SynapticIntelligence(1.0)
+        saver = SaveAt("on_train_batch_end", 5 if ckpt is None else -1, path)
+        fit_stream(module, blob_data(), penalty, saver, ckpt=ckpt, accelerator="gpu", devices=1)
+        ends.append(module.cpu().state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name])
 
 
 @pytest.fixture
