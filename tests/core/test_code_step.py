@@ -270,3 +270,17 @@ def test_a_solver_of_ones_own_sees_the_problem_and_only_moves_codes() -> None:
     forward, moved = moved_codes(core, x, y)
     assert targets == [True, False]
     assert_close(moved, [code / 2 for code in forward])
+
+
+def test_the_top_code_is_judged_by_the_loss_alone() -> None:
+    """Catches a solver that pulls the network's output towards itself; codes below have the moved code above."""
+    module = network(5, 7, 6, 4)
+    core = core_for(module, Constants())
+    x, y = batch(module)
+    step = core.encode(x, y)
+    core.solve_codes(step)
+    (top, _), (below, level) = core.code_problems(step)
+    assert (top.is_top, below.is_top) == (True, False)
+    torch.testing.assert_close(below.target, step.codes[level + 1], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the top code has no target: the stage above it is judged by the loss"):
+        _ = top.target

@@ -343,3 +343,53 @@ def test_the_output_is_left_out_of_graphs(loss: Any) -> None:
     core = AltMin(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), loss)
     step = core.step(torch.randn(5, 3), torch.randn(5, 2))
     assert not any(t.requires_grad for t in (step.output, step.loss, *step.codes, *step.codes_forward))
+
+
+@pytest.mark.parametrize("wrong", [[0, 1, 2, 3, 4, 0, 1], "labels", None], ids=["list", "string", "nothing"])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.NLLLoss(), nn.MultiMarginLoss()])
+def test_labels_that_are_no_tensor_are_refused_by_name(loss: nn.Module, wrong: Any) -> None:
+    """Catches an AttributeError about a dtype, where a loader gave a list of labels."""
+    said = f"{type(loss).__name__} needs a tensor of targets, got {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=said):
+        local_loss(loss).check(output().detach(), wrong)
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.5])
+def test_probabilities_reach_a_kernel_as_they_are(shift: float) -> None:
+    """Catches probabilities taken for labels that are no class: they would be replaced, or the batch be a bad one.
+
+    That holds for floats of any kind, of which torch takes negative ones, too.
+    """
+    out, y = output().detach(), torch.rand(SAMPLES, CLASSES, dtype=torch.float64).softmax(1) + shift
+    ours, given_y = local_loss(nn.CrossEntropyLoss()), y.clone()
+    assert torch.equal(ours.readable(out, y), given_y)
+    assert all(bool(evidence) for evidence in ours.evidence(out, y))
+
+
+def probabilities() -> Tensor:
+    return torch.rand(SAMPLES, CLASSES, dtype=torch.float64).softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (nn.NLLLoss(weights(), ignore_index=2), labels),
+        (nn.CrossEntropyLoss(weights()), some_ignored),
+        (nn.CrossEntropyLoss(weights()), probabilities),
+        (nn.CrossEntropyLoss(weights(), label_smoothing=0.2), probabilities),
+        (nn.MultiMarginLoss(weight=weights()), labels),
+        (nn.MSELoss(), probabilities),
+        (nn.HuberLoss(), probabilities),
+    ],
+    ids=lambda value: value.__name__ if callable(value) and not isinstance(value, nn.Module) else type(value).__name__,
+)
+def test_weighted_means_of_parts_are_the_mean_of_the_whole(loss: nn.Module, targets: Any) -> None:
+    """Catches parts of a batch that count by their labels' weights where torch divides by the number of samples.
+
+    The mean of the whole is the mean of its parts' means, each counting as much as what it was divided by.
+    """
+    ours, out, y = local_loss(loss), output().detach(), targets()
+    parts = list(zip(out.split([3, 4]), y.split([3, 4]), strict=True))
+    counts = torch.stack([ours.weight(*part) for part in parts])
+    means = torch.stack([ours.mean(*part) for part in parts])
+    torch.testing.assert_close((counts * means).sum() / counts.sum(), loss(out, y), rtol=1e-6, atol=1e-9)

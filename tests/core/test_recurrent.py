@@ -24,6 +24,7 @@ from lightning_altmin import (
     SequenceClassifier,
 )
 from lightning_altmin.nn import ElmanRNN, aligned
+from lightning_altmin.recurrent import RecurrentStage
 from lightning_altmin.strategies.cutting import refuse_uncuttable
 
 F64 = torch.float64
@@ -381,3 +382,47 @@ def test_the_split_of_a_recurrent_network_is_verified() -> None:
 
     with pytest.raises(ValueError, match=r"Doubled\.forward compute something else"):
         CodedRecurrentNetwork(Doubled(3, 4, 2).double()).verify_split(batch()[0])
+
+
+@pytest.mark.parametrize(
+    ("engine", "activation", "said"),
+    [("fast", "tanh", "engine must be one of .* got 'fast'"), ("closed_form", "selu", "has no rule for SELU")],
+)
+def test_a_step_keeps_its_engine_where_another_is_refused(engine: str, activation: str, said: str) -> None:
+    """Catches a step that silently goes on by autograd where it was asked for something else."""
+    network = net(activation)
+    with pytest.raises(ValueError, match=said):
+        RecurrentStage(network, engine)
+    stage = CodedRecurrentNetwork(network).stages[0]
+    before = stage.engine
+    with pytest.raises(ValueError, match=said):
+        stage.use_engine(engine)
+    assert stage.engine is before
+
+
+def test_batches_without_lengths_are_left_alone_on_the_cpu() -> None:
+    """Catches the look at lengths taking a pair for a padded batch, or failing where there are none."""
+    module = SequenceClassifier(net())
+    x, y = batch()
+    packed = pack_sequence(sequences(), enforce_sorted=False)
+    for given in ((x, y), [x, y], {"x": x, "y": y}, (packed, y), packed, x):
+        assert module.on_before_batch_transfer(given, 0) is given
+    torch.testing.assert_close(module.unpack((packed, y))[0], aligned(sequences()))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda x, y: (x[..., 0], LENGTHS, y), ValueError, r"shape \(batch, time, features\)"),
+        (lambda x, y: {"x": x[..., 0], "lengths": LENGTHS, "y": y}, ValueError, r"shape \(batch, time, features\)"),
+        (lambda x, y: {"x": x, "image": x, "lengths": LENGTHS, "y": y}, TypeError, "batch is a dictionary with keys"),
+        (lambda x, y: {"lengths": LENGTHS, "y": y}, TypeError, "batch is a dictionary with keys"),
+    ],
+    ids=["no features", "no features, by name", "two inputs", "no inputs"],
+)
+def test_what_is_no_padded_batch_is_said_where_it_is_unpacked(make: Any, error: type[Exception], said: str) -> None:
+    """Catches an unpacking of a shape that fails inside Lightning's transfer hook, before anything can say why."""
+    module, given = SequenceClassifier(net()), make(*batch())
+    assert module.on_before_batch_transfer(given, 0) is given
+    with pytest.raises(error, match=said):
+        module.unpack(given)

@@ -242,3 +242,15 @@ def test_a_weight_solver_of_ones_own() -> None:
     result = core.step(x, y)
     torch.testing.assert_close(module[0](x), result.codes[0], rtol=1e-9, atol=1e-9)
     assert torch.equal(module[2].weight, kept[2].weight)
+
+
+def test_the_output_stage_has_the_losss_target() -> None:
+    """Catches a solver of least squares that takes the output itself for its target: hidden stages have moved codes."""
+    module = network(5, 7, 6, 4)
+    core = core_for(module, nn.CrossEntropyLoss())
+    step = solved(core, *batch(module))
+    *hidden, output = core.weight_problems(step)
+    for problem, code in zip(hidden, step.codes, strict=True):
+        torch.testing.assert_close(problem.target, code, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the output stage has no code: its target is the loss's"):
+        _ = output.target

@@ -16,12 +16,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_altmin import AltMinModule
 from lightning_altmin.strategies import ProcessLostError
-from lightning_altmin.trainer.checkpoint_files import CheckpointError
+from lightning_altmin.trainer.checkpoint_files import CheckedCheckpoints, CheckpointError
 from tests.distributed.gloo import launch, start
 from tests.distributed.test_ddp import Drawn, compare, ddp, loader, module, parts, state, trainer, whole
 
@@ -257,3 +258,73 @@ def test_another_model_on_one_process() -> None:
     said = launch(2, share)
     assert "no error" not in said
     assert any("appears not to match sizes" in each for each in said), said
+
+
+class Elsewhere(CheckpointIO):
+    """Notes what it is asked for, and keeps checkpoints in memory."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+        self.options: list[Any] = []
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if "full" in str(path):
+            raise OSError(28, "No space left on device")
+        self.kept[str(path)] = checkpoint
+        self.options.append(storage_options)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        return self.kept[str(path)]
+
+    def remove_checkpoint(self, path: Any) -> None:
+        del self.kept[str(path)]
+
+
+@pytest.mark.parametrize("options", [None, {"retries": 3}])
+def test_another_plugin_writes_its_own_checkpoints(tmp_path: Path, options: Any) -> None:
+    """Catches a local file beside the one that the user's plugin writes, and options that it never gets."""
+    inner = Elsewhere()
+    checked, path = CheckedCheckpoints(inner), tmp_path / "run.ckpt"
+    checked.save_checkpoint({"step": 3}, path, options)
+    assert (inner.kept, inner.options) == ({str(path): {"step": 3}}, [options])
+    assert checked.load_checkpoint(path) == {"step": 3}
+    checked.remove_checkpoint(path)
+    assert inner.kept == {}
+    with pytest.raises(CheckpointError, match=r"full' could not be written: No space left on device.* go on from"):
+        checked.save_checkpoint({"step": 4}, tmp_path / "full", options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_lightning_refuses_are_refused(tmp_path: Path) -> None:
+    """Catches options for a storage that are dropped because the file is written here."""
+    with pytest.raises(TypeError, match="storage_options"):
+        CheckedCheckpoints(TorchCheckpointIO()).save_checkpoint({}, tmp_path / "run.ckpt", {"retries": 3})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_of_another_file_system_is_lightnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a local folder called `memory:`, and a checkpoint that is not where its address says."""
+    monkeypatch.chdir(tmp_path)
+    checked = CheckedCheckpoints(TorchCheckpointIO())
+    checked.save_checkpoint({"step": 3}, "memory://test_faults/run.ckpt")
+    assert checked.load_checkpoint("memory://test_faults/run.ckpt", weights_only=True) == {"step": 3}
+    checked.remove_checkpoint("memory://test_faults/run.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+class Refuses:
+    """Cannot be pickled, and says why."""
+
+    def __reduce__(self) -> Any:
+        raise LookupError("not to be kept")
+
+
+def test_an_object_that_cannot_be_kept_says_so_itself(tmp_path: Path) -> None:
+    """Catches its error called one of the disk, half a file left behind, and the checkpoint before it overwritten."""
+    kept = tmp_path / "run.ckpt"
+    checked = CheckedCheckpoints(TorchCheckpointIO())
+    checked.save_checkpoint({"step": 3}, kept)
+    with pytest.raises(LookupError, match="not to be kept"):
+        checked.save_checkpoint({"step": 4, "large": torch.zeros(1000), "callback": Refuses()}, kept)
+    assert list(tmp_path.iterdir()) == [kept]
+    assert checked.load_checkpoint(kept, weights_only=True) == {"step": 3}

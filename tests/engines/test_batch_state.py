@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.engines import StageEngine, stage_engine
+from lightning_altmin.engines import SharedSamples, StageEngine, StageMap, stage_engine
+from lightning_altmin.stage import Stage
 from tests.engines.catalogue import CASES, Case, largest_difference
 
 ENGINES = ["closed_form", "autograd"]
@@ -210,3 +211,94 @@ def test_random_modules_without_a_mask_are_replayed() -> None:
         torch.testing.assert_close(view(x, state).input_gradient(torch.ones_like(x)), expected, rtol=0, atol=1e-12)
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(engine.encode(x)[0], output)
+
+
+def test_the_change_to_another_input_needs_no_move() -> None:
+    """Catches a change of zero, or one that reads a move that is not there: by hand, W x + b changes by W (y - x).
+
+    Only closed forms must be told the move: by autograd it is the difference of two outputs.
+    """
+    layer = nn.Linear(5, 4).double()
+    engine = stage_engine([layer], "autograd")
+    x, y = torch.randn(2, 6, 5, dtype=torch.float64)
+    output, state = engine.encode(x)
+    for view in (engine.fixed, engine.live):
+        change = view(y, state).change(output)
+        torch.testing.assert_close(change, (y - x) @ layer.weight.detach().t(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_parts_that_a_batch_norm_has_normalised_are_not_joined(kind: str) -> None:
+    """Catches one part's statistics taken for those of the whole batch; with running statistics a part is as good."""
+    norm = nn.BatchNorm1d(4).double()
+    engine = stage_engine([nn.Linear(5, 4).double(), norm], kind)
+    parts = list(torch.randn(2, 6, 5, dtype=torch.float64))
+    (output, _), *_ = states = [engine.encode(part) for part in parts]
+    with pytest.raises(ValueError, match=r"BatchNorm in training mode normalises by the whole batch"):
+        engine.joined([state for _, state in states])
+    torch.testing.assert_close(engine.fixed(parts[0], engine.joined([states[0][1]])).output(), output)
+    norm.eval()
+    states = [engine.encode(part) for part in parts]
+    whole = engine.fixed(torch.cat(parts), engine.joined([state for _, state in states]))
+    torch.testing.assert_close(whole.output(), torch.cat([output for output, _ in states]), rtol=1e-12, atol=1e-12)
+
+
+class OwnEngine(StageEngine):
+    """An engine that defines what it must and nothing else."""
+
+    kind = "own"
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._by = stage_engine(modules, "autograd")
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+        return self._by.encode(x)
+
+    def fixed(self, x: Tensor, state: Any, move: Tensor | None = None) -> StageMap:
+        return self._by.fixed(x, state, move)
+
+    def live(self, x: Tensor, state: Any, move: Tensor | None = None) -> StageMap:
+        return self._by.live(x, state, move)
+
+
+def test_an_engine_of_ones_own_refuses_what_it_does_not_define() -> None:
+    """Catches a base class that guesses: one part's state for the whole, statistics of one process for those of all.
+
+    A batch in one part, and statistics of this process alone, are what every engine has.
+    """
+    engine = OwnEngine([nn.Linear(5, 4), nn.BatchNorm1d(4)])
+    states = [engine.encode(torch.randn(6, 5))[1] for _ in range(2)]
+    assert engine.joined(states[:1]) is states[0]
+    with pytest.raises(ValueError, match="OwnEngine does not define joined"):
+        engine.joined(states)
+    engine.share(None)
+    with pytest.raises(ValueError, match="OwnEngine does not define share"):
+        engine.share(Elsewhere(torch.randn(3, 4)))
+
+
+class Elsewhere(SharedSamples):
+    """A second process, whose samples are given; it is asked for moments only."""
+
+    def __init__(self, x: Tensor) -> None:
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        self._own = torch.cat([mean, variance, mean.new_tensor([float(len(x))])])
+
+    def total(self, vector: Tensor) -> Tensor:
+        raise AssertionError("no derivative is asked for")
+
+    def rows(self, vector: Tensor) -> Tensor:
+        return torch.stack([vector, self._own])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_another_engine_shares_the_samples_that_the_one_before_has_shared(kind: str) -> None:
+    """Catches a stage that, given another engine (as `verify` does), normalises by this process's samples alone."""
+    here, there = torch.randn(6, 4, dtype=torch.float64), 3 + 2 * torch.randn(5, 4, dtype=torch.float64)
+    norm = nn.BatchNorm1d(4).double()
+    stage = Stage("0", [], [norm], is_output=False)
+    stage.share(Elsewhere(there))
+    stage.use_engine(kind)
+    expected = copy.deepcopy(norm)(torch.cat([here, there]))[:6]
+    torch.testing.assert_close(stage.encode(here)[0], expected.detach(), rtol=1e-10, atol=1e-10)
+    stage.share(None)
+    torch.testing.assert_close(stage.encode(here)[0], copy.deepcopy(norm)(here).detach(), rtol=1e-10, atol=1e-10)

@@ -159,3 +159,11 @@ def test_validation_inside_an_accumulation_keeps_its_gradients() -> None:
         return list(module.network.parameters())
 
     assert largest_difference(weights_after(val_check_interval=1), weights_after()) == 0
+
+
+def test_accumulation_into_cuda_graphs_is_refused() -> None:
+    """Catches gradients of earlier batches that a CUDA graph's next run overwrites; ``True`` makes no such graph."""
+    with pytest.raises(ValueError, match=r"accumulate_batches=2 needs compile=True or False, got .*'reduce-overhead'"):
+        AltMinModule(network(), accumulate_batches=2, compile="reduce-overhead")
+    assert AltMinModule(network(), accumulate_batches=2, compile=True).accumulate_batches == 2
+    assert AltMinModule(network(), compile="reduce-overhead").accumulate_batches == 1

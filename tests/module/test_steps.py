@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, We
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_altmin import AltMin, AltMinModule, LocalGradient
+from lightning_altmin import AltMin, AltMinModule, CoactivationMemory, LocalGradient
 from tests.module.problems import Record, loader, network, trainer, weights
 
 BATCHES = 5
@@ -208,3 +208,45 @@ def test_every_fit_compares_the_stages_with_the_network() -> None:
     net.temperature = 5.0
     with pytest.raises(ValueError, match=r"tracing found in Divided\.forward compute something else"):
         trainer(max_epochs=1).fit(module, loader())
+
+
+class Own(AltMinModule):
+    """The layer in the middle has an optimizer of its own."""
+
+    def layer_optimizers(self) -> Any:
+        return {"2": lambda params: torch.optim.SGD(params, lr=0.5)}
+
+
+@pytest.mark.parametrize("given", [None, {"2": sgd, "default": sgd}, sgd], ids=["default", "by name", "one for all"])
+def test_a_layer_steps_by_the_optimizer_that_a_subclass_gives_it(given: Any) -> None:
+    """Catches a subclass's optimizer that is not asked for, or that is given other layers, too.
+
+    By hand, in the first step: SGD moves a parameter by its rate times its gradient, and Adam by its rate alone,
+    against the sign of the gradient (but for gradients as small as its eps).
+    """
+    module = Own(network(), weights=None if given is None else LocalGradient(given))
+    twin = AltMin(network(), nn.CrossEntropyLoss())
+    x, y = next(iter(loader()))
+    step = twin.encode(x, y)
+    twin.solve_codes(step)
+    twin.fill_gradients(step)
+    before = weights(module.network)
+    trainer(max_epochs=1, limit_train_batches=1).fit(module, loader())
+    for name, parameter in module.network.named_parameters():
+        gradient = dict(twin.network.named_parameters())[name].grad
+        assert gradient is not None
+        moved = parameter.detach() - before[name]
+        if name.startswith("2."):
+            torch.testing.assert_close(moved, -0.5 * gradient, rtol=1e-4, atol=1e-6)
+        elif given is None:
+            seen = gradient.abs() > 1e-4
+            assert bool(seen.any())
+            torch.testing.assert_close(moved[seen], -0.002 * gradient[seen].sign(), rtol=1e-2, atol=1e-6)
+        else:
+            torch.testing.assert_close(moved, -0.1 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_optimizers_of_layers_need_gradients() -> None:
+    """Catches a layer's optimizer that is dropped without a word, because a memory makes the only one there is."""
+    with pytest.raises(TypeError, match=r"layer_optimizers needs weights=LocalGradient\(\.\.\.\), got Coactivation"):
+        Own(network(), weights=CoactivationMemory())

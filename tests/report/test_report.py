@@ -245,3 +245,39 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
         [browser, *flags, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True
     )
     assert picture.stat().st_size > 5000  # an empty page compresses to less
+
+
+def test_a_run_that_logged_codes_alone_has_no_empty_tables(tmp_path: Path) -> None:
+    """Catches a table with a head and no rows, and a report that needs a metric."""
+    page = report([csv_run(tmp_path, "run", [(0, {"codes/0/displacement": 0.5}), (5, {"codes/0/displacement": 0.25})])])
+    parser = Nesting()
+    parser.feed(page)
+    assert parser.open == []
+    assert "<h2>Last values</h2>" not in page
+    assert page.count("<svg") == 1  # the one quantity of codes
+    assert "<figcaption>displacement</figcaption>" in page
+
+
+def test_a_run_that_logged_nothing_still_shows_its_settings(tmp_path: Path) -> None:
+    """Catches a page of empty headings, or none at all, for a run that ended before it logged a value."""
+    (tmp_path / "hparams.yaml").write_text("width: 7\n")
+    page = report([bad_file(tmp_path, b"epoch,step\n0,0\n")])
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Settings", "Versions"]
+    assert "width: 7" in page
+
+
+def test_a_curve_without_a_finite_value_is_named_and_not_drawn(tmp_path: Path) -> None:
+    """Catches the limits of no points at all, where a run diverged in its first step; other curves are drawn."""
+    rows = [(0, {"loss": math.nan, "acc": 0.25}), (1, {"loss": -math.inf, "acc": 0.75})]
+    page = report([csv_run(tmp_path, "run", rows)])
+    assert "<figure><figcaption>loss <small>(2 values not finite)</small></figcaption></figure>" in page
+    assert page.count("<svg") == 1
+    assert "<figcaption>acc</figcaption><svg" in page
+
+
+def test_one_run_under_two_paths_has_two_names(tmp_path: Path) -> None:
+    """Catches two columns under one name: the parts of resolved paths can never tell a link from where it leads."""
+    folder = csv_run(tmp_path, "run")
+    link = tmp_path / "latest"
+    link.symlink_to(folder)
+    assert [run.name for run in read_runs([folder, link])] == [str(folder), str(link)]

@@ -56,3 +56,54 @@ def test_bad_solvers_per_layer_are_named(solvers: Any, error: type[Exception], m
     """Catches a layer without a solver, and a solver without a layer: of two for one layer, one would do nothing."""
     with pytest.raises(error, match=message):
         AltMin(mlp(), nn.CrossEntropyLoss(), weights=LayerwiseWeights(solvers))
+
+
+def gradient() -> LocalGradient:
+    return LocalGradient(lambda params: torch.optim.SGD(params, lr=0.1))
+
+
+def test_one_solver_under_two_names_is_refused() -> None:
+    """Catches a solver whose measurements are asked for, and whose steps are taken, twice."""
+    shared = gradient()
+    with pytest.raises(ValueError, match="one solver under two names; make one for each"):
+        LayerwiseWeights({"0": shared, "default": shared})
+
+
+@pytest.mark.parametrize("frozen", [LocalGradient, CoactivationMemory], ids=lambda solver: solver.__name__)
+def test_a_solver_whose_layers_are_all_frozen_rests(frozen: Any) -> None:
+    """Catches an optimizer without parameters, which torch refuses, and a frozen layer that moves all the same.
+
+    A frozen layer is to stay to the bit, and all others are to move.
+    """
+    network = mlp()
+    network[2].requires_grad_(False)
+    core = AltMin(network, nn.CrossEntropyLoss(), weights=LayerwiseWeights({"2": frozen(), "default": gradient()}))
+    before = copy.deepcopy(network.state_dict())
+    core.step(*batch(network))
+    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"0.weight", "0.bias", "4.weight", "4.bias"}
+
+
+def test_nothing_to_train_is_refused() -> None:
+    """Catches a composite of no optimizers, whose error speaks of children."""
+    network = mlp()
+    network.requires_grad_(False)
+    weights = LayerwiseWeights({"0": gradient(), "default": CoactivationMemory()})
+    with pytest.raises(ValueError, match="network has no trainable parameter"):
+        AltMin(network, nn.CrossEntropyLoss(), weights=weights)
+
+
+@pytest.mark.parametrize(("stages", "factors"), [(None, (0.25, 0.25)), (["2", "4"], (1.0, 0.25)), (["4"], (1.0, 1.0))])
+def test_a_discount_is_for_memories(stages: list[str] | None, factors: tuple[float, float]) -> None:
+    """Catches a discount that a solver without memory breaks, or that reaches a memory that was not named.
+
+    The nine samples seen so far count as nine times the factor.
+    """
+    weights = LayerwiseWeights(
+        {"0": CoactivationMemory("solve"), "output": gradient(), "default": CoactivationMemory("solve")}
+    )
+    core = AltMin(mlp(), nn.CrossEntropyLoss(), weights=weights)
+    core.step(*batch(core.network))
+    weights.discount(0.25, stages)
+    rows = [float(value) for name, value in core.state_dict().items() if name.endswith(".rows")]
+    assert rows == [9 * factor for factor in factors]

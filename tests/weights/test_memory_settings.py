@@ -137,3 +137,47 @@ def test_a_layer_may_have_any_name() -> None:
     core.step(torch.randn(5, 6), torch.randint(6, (5,)))
     held = {name.split(".")[2] for name in core.state_dict() if name.startswith("weights._statistics.")}
     assert held == set(_Named.NAMES)
+
+
+@pytest.mark.parametrize("wrong", ["adam", 0.1, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)])
+def test_what_makes_no_optimizer_is_refused(wrong: Any) -> None:
+    """Catches an optimizer, or its name, passed for its factory: it would be called at the first batch, if ever."""
+    with pytest.raises(TypeError, match="optimizer must be a function of parameters, got"):
+        CoactivationMemory(optimizer=wrong)
+
+
+def test_a_network_without_a_trainable_parameter_is_refused() -> None:
+    """Catches a memory of nothing, and an error that speaks of optimizers."""
+    network = mlp()
+    network.requires_grad_(False)
+    with pytest.raises(ValueError, match="network has no trainable parameter"):
+        AltMin(network, nn.CrossEntropyLoss(), weights=CoactivationMemory())
+
+
+def test_what_no_memory_holds_is_trained_alone() -> None:
+    """Catches an optimizer without parameters, which torch refuses, where all weights are frozen and no layer has a
+    memory: biases then go by the gradient of their own problem, here with a rate of 0.5.
+    """
+    network = mlp()
+    for layer in network[::2]:
+        layer.weight.requires_grad_(False)
+    core = AltMin(
+        network,
+        nn.CrossEntropyLoss(),
+        weights=CoactivationMemory(optimizer=lambda params: torch.optim.SGD(params, lr=0.5)),
+    )
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    x, y = batch(network)
+    output = network(x)
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(output, y), network[4].bias)
+    step = core.step(x, y)
+    torch.testing.assert_close(network[4].bias.detach(), before["4.bias"] - 0.5 * expected, rtol=1e-10, atol=1e-12)
+    for index, level in (
+        ("0", 0),
+        ("2", 1),
+    ):  # d/db of the batch mean of mu/2 ||c + move - (W x + b)||^2, over the share
+        signal = 1.0 if step.signals[level] is None else float(step.signals[level])
+        gradient = -core.objective.mu * step.moves[level].mean(0) / signal
+        found = dict(network.named_parameters())[f"{index}.bias"].detach()
+        torch.testing.assert_close(found, before[f"{index}.bias"] - 0.5 * gradient, rtol=1e-8, atol=1e-10)
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters() if name.endswith("weight"))

@@ -221,3 +221,22 @@ def test_residuals_are_there_for_every_hidden_stage() -> None:
     step = core.step(torch.randn(8, 5), torch.randn(8, 3))
     assert len(step.residuals) == 1
     assert float(step.residuals[0]) == pytest.approx(float(step.moves[0].square().sum() / 8), rel=1e-5)
+
+
+def test_a_label_per_position_is_refused() -> None:
+    """Catches one-hot labels along the wrong dimension; the way out that the message names trains."""
+    x, y = torch.randn(4, 2, 5, 5), torch.randint(3, (4, 3, 3))
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 3))
+
+    core = AltMin(network(), nn.CrossEntropyLoss(), weights=CoactivationMemory("solve", every=1))
+    before = copy.deepcopy(core.network.state_dict())
+    with pytest.raises(ValueError, match=r"one label per sample, the output has shape \(4, 3, 3, 3\); .*LayerwiseWei"):
+        core.step(x, y)
+    torch.testing.assert_close(core.network.state_dict(), before, rtol=0, atol=0)
+    weights = LayerwiseWeights({"output": LocalGradient(), "default": CoactivationMemory("solve", every=1)})
+    core = AltMin(network(), nn.CrossEntropyLoss(), weights=weights)
+    core.step(x, y)
+    assert not torch.equal(core.network[2].weight, before["2.weight"])
