@@ -49,7 +49,9 @@ def record(path: Path, found: Sequence[Row]) -> None:
     print(*found[0].run, *(f"{row.seen}: {100 * row.accuracy:.2f}" for row in found), flush=True)
 
 
-def execute(runs: Sequence[Run], train: Callable[[Run], list[Row]], path: Path, workers: int) -> None:
+def execute(
+    runs: Sequence[Run], train: Callable[[Run], list[Row]], path: Path, workers: int, at: int | None = None
+) -> None:
     """Train what has no rows yet, and record every run when it is finished.
 
     Args:
@@ -57,8 +59,9 @@ def execute(runs: Sequence[Run], train: Callable[[Run], list[Row]], path: Path, 
         train: Gives a run's rows. What it has loaded before, the processes share.
         path: The file of rows.
         workers: How many processes train; 1 for none but this one.
+        at: Only a row with so much seen makes a run finished; ``None`` for any.
     """
-    left = unfinished(runs, read(path, Row))
+    left = unfinished(runs, (row for row in read(path, Row) if at in (None, row.seen)))
     if workers == 1:
         for run in left:
             record(path, train(run))
@@ -94,6 +97,8 @@ def final_rows(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
 def table(rows: Iterable[Row], unit: str, shown: Collection[int] = ()) -> str:
     """Means over seeds with 95 % intervals (t distribution), a column for each amount seen that is to be shown.
 
+    Where fewer seeds have been run so far than elsewhere, their number is beside the mean.
+
     Args:
         rows: Of all phases; the final ones are shown.
         unit: What ``seen`` counts, with the number in the place of ``{}``.
@@ -105,8 +110,11 @@ def table(rows: Iterable[Row], unit: str, shown: Collection[int] = ()) -> str:
         amounts = [amount for amount in amounts if amount in shown] or amounts
         lines = []
         for method, mine in methods.items():
-            cells = [interval([100 * r.accuracy for r in mine if r.seen == amount]) for amount in amounts]
-            lines.append((method, mine[0].setting, len({r.seed for r in mine}), *cells))
+            seeds = len({r.seed for r in mine})
+            found = [[100 * r.accuracy for r in mine if r.seen == amount] for amount in amounts]
+            fewer = [f" (of {len(values)})" if 0 < len(values) < seeds else "" for values in found]
+            cells = [interval(values) + note for values, note in zip(found, fewer, strict=True)]
+            lines.append((method, mine[0].setting, seeds, *cells))
         heads = ["method", "setting", "seeds", *(unit.format(f"{amount:,}") for amount in amounts)]
         parts += [f"{suite}:", markdown(heads, lines)]
     return "\n\n".join(parts)

@@ -24,7 +24,7 @@ from pathlib import Path
 import curves
 import torch
 from curves import Row, Run, best, plot, table
-from first_epoch import HELD_OUT, METHODS, OFFLINE, grid, loaded, memory, stepper
+from first_epoch import HELD_OUT, METHODS, ONLINE, grid, loaded, memory, stepper
 from rows import read
 
 from lightning_altmin.guard import NonFiniteError
@@ -34,7 +34,6 @@ BATCH = 200
 MARKS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 50)
 COLUMN, SHOWN = "epoch {}", (1, 5, 10, 20, 50)
 TUNE_EPOCHS, SMALL_EPOCHS = 15, 2
-ONLINE = tuple(method for method in METHODS if method not in OFFLINE)
 
 
 def curve(run: Run, samples: memory.Samples, marks: list[int], device: str) -> Iterator[tuple[int, float]]:

@@ -155,3 +155,12 @@ def test_pages_say_what_a_step_costs_by_the_rows(page: ModuleType, name: str) ->
 def test_the_page_of_benchmarks_is_that_of_the_rows(page: ModuleType) -> None:
     """Catches the same of the page that a script writes."""
     assert (page.DOCS / "benchmarks.md").read_text(encoding="utf-8") == page.page()
+
+
+def test_a_mean_of_fewer_seeds_says_so() -> None:
+    """Catches a mark that an interrupted command has reached with one seed, shown as if it were of all."""
+    curves = importlib.import_module("curves")
+    rows = [curves.Row("s", "final", "SGD", "0.1", seed, 5, 0.5) for seed in (0, 1)]
+    rows.append(curves.Row("s", "final", "SGD", "0.1", 0, 25, 0.75))
+    line = curves.table(rows, "{} batches").splitlines()[-1]
+    assert line == "| SGD | 0.1 | 2 | 50.00 ± 0.00 | 75.00 (of 1) |"
