@@ -67,9 +67,10 @@ class Stage:
         Raises:
             ValueError: If the engine cannot do it.
         """
-        before, self._samples = self._samples, samples if batch_norms(self.modules) else None
-        if before is not self._samples:
-            self.engine.share(self._samples)
+        wanted = samples if batch_norms(self.modules) else None
+        if wanted is not self._samples:
+            self.engine.share(wanted)
+            self._samples = wanted
 
     @property
     def mixes_processes(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Its name does not hold that of the checkpoint: Lightning looks for "last" in names.
     unfinished = path.parent / f".unfinished-{os.getpid()}"
+    handled = sys.exc_info()[1]  # a save on an exception: what is wrong with the run is not what is wrong with the file
     try:
         with unfinished.open("wb") as file:
             torch.save(checkpoint, file)
@@ -123,7 +125,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         hidden: BaseException | None = error
-        while hidden is not None:
+        while hidden is not None and hidden is not handled:
             if isinstance(hidden, OSError):  # torch's writer raises a RuntimeError of its own on top of it
                 raise hidden from None
             hidden = hidden.__context__

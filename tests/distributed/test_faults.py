@@ -319,6 +319,16 @@ class Refuses:
         raise LookupError("not to be kept")
 
 
+def test_an_error_of_the_run_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
+    """Catches the reason that a run ends for, while its last checkpoint is saved, told as that of the failed save."""
+    checked = CheckedCheckpoints(TorchCheckpointIO())
+    try:
+        raise FileNotFoundError(2, "No such file or directory", "a batch's image")
+    except FileNotFoundError:
+        with pytest.raises(LookupError, match="not to be kept"):
+            checked.save_checkpoint({"callback": Refuses()}, tmp_path / "run.ckpt")
+
+
 def test_an_object_that_cannot_be_kept_says_so_itself(tmp_path: Path) -> None:
     """Catches its error called one of the disk, half a file left behind, and the checkpoint before it overwritten."""
     kept = tmp_path / "run.ckpt"

@@ -302,3 +302,14 @@ def test_another_engine_shares_the_samples_that_the_one_before_has_shared(kind: 
     torch.testing.assert_close(stage.encode(here)[0], expected.detach(), rtol=1e-10, atol=1e-10)
     stage.share(None)
     torch.testing.assert_close(stage.encode(here)[0], copy.deepcopy(norm)(here).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_stage_whose_engine_refuses_to_share_goes_on_alone() -> None:
+    """Catches a stage that says it shares its samples after the refusal, and takes the second attempt for granted."""
+    stage = Stage("0", [], [nn.BatchNorm1d(4)], is_output=False)
+    stage.engine = OwnEngine(stage.modules)
+    samples = Elsewhere(torch.randn(3, 4))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="OwnEngine does not define share"):
+            stage.share(samples)
+        assert not stage.mixes_processes
