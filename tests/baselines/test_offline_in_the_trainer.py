@@ -92,7 +92,9 @@ def test_centred_samples_are_known_in_any_order() -> None:
     x = x.double()
     data = TensorDataset((x - x.mean(0)) / x.std(0), y)
     shuffled = DataLoader(data, batch_size=40, shuffle=True)
-    trainer(max_epochs=8, precision="64-true").fit(BCDModule(network().double()), shuffled)
+    run = trainer(max_epochs=8, precision="64-true")
+    run.fit(BCDModule(network().double()), shuffled)
+    assert run.current_epoch == 8  # every sweep took its batch for the first one
 
 
 def test_what_a_checkpoint_brought_is_put_beside_the_weights() -> None:
