@@ -12,7 +12,6 @@ rows is not repeated.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import statistics
@@ -26,7 +25,7 @@ from deep_networks import EpochClock
 from figures import pyplot, save
 from intervals import interval
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from rows import append_values, finished, markdown
+from rows import append_values, finished, markdown, read_values
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -208,8 +207,7 @@ def measure(method: str, seed: int, epochs: int, data: VisionDataModule, root: s
 
 def table() -> str:
     """What docs/binary.md shows, from the committed rows."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_values(RESULTS)
     lines = []
     for method in METHODS:
         ends = [row for row in rows if row["method"] == method and row["test_accuracy"]]
@@ -226,8 +224,7 @@ def table() -> str:
 
 def plot() -> None:
     """Validation accuracy over epochs, the mean of the seeds."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_values(RESULTS)
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for method in METHODS:
         epochs = sorted({int(row["epoch"]) for row in rows if row["method"] == method})

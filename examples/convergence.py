@@ -30,7 +30,6 @@ same window. Rows go to docs/results/convergence.csv; runs that are there are no
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import math
 import statistics
@@ -42,7 +41,7 @@ import numpy as np
 import torch
 from figures import pyplot, save
 from intervals import half_width, interval
-from rows import append_values, markdown
+from rows import append_values, markdown, read_values
 from scipy import stats
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor, nn
@@ -287,10 +286,8 @@ def ratios(runs: list[dict[int, float]], prediction: Prediction) -> list[float]:
 def read(path: Path) -> dict[tuple[str, int], dict[int, float]]:
     """Runs by schedule and seed."""
     runs: dict[tuple[str, int], dict[int, float]] = {}
-    if path.exists():
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                runs.setdefault((row["schedule"], int(row["seed"])), {})[int(row["t"])] = float(row["squared_error"])
+    for row in read_values(path):
+        runs.setdefault((row["schedule"], int(row["seed"])), {})[int(row["t"])] = float(row["squared_error"])
     return runs
 
 

@@ -13,7 +13,6 @@ rows is not repeated.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from figures import pyplot, save
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from rows import append_values, finished, markdown
+from rows import append_values, finished, markdown, read_values
 from torch import nn
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, LeastSquaresCodes, LocalGradient
@@ -156,8 +155,7 @@ def run(name: str, method: str, seed: int, data: VisionDataModule, test: bool = 
 
 def table() -> str:
     """What docs/deep.md shows, from the committed rows."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_values(RESULTS)
     lines = []
     for name in TASKS:
         for method in METHODS:
@@ -180,8 +178,7 @@ def table() -> str:
 
 def plot() -> None:
     """Validation accuracy over epochs, the mean of the seeds."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_values(RESULTS)
     names = [name for name in TASKS if any(row["network"] == name for row in rows)]
     figure, panels = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True, squeeze=False)
     for axes, name in zip(panels[0], names, strict=True):

@@ -13,7 +13,6 @@ Rows are appended to docs/results/sparse.csv as runs end.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import time
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from figures import pyplot, save
 from lightning.pytorch import Trainer, seed_everything
-from rows import append_values, finished, markdown
+from rows import append_values, finished, markdown, read_values
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -112,8 +111,7 @@ def measure(of: str, method: str, strength: float, seed: int, data: VisionDataMo
 
 def table() -> str:
     """What docs/sparse.md shows, from the committed rows."""
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_values(RESULTS)
     lines = []
     for row in sorted(rows, key=lambda row: (row["of"], row["method"], float(row["lambda"]))):
         zeros, accuracy = 100 * float(row["zeros"]), 100 * float(row["test_accuracy"])
@@ -124,8 +122,7 @@ def table() -> str:
 
 
 def plot() -> None:
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_values(RESULTS)
     figure, both = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axes, of in zip(both, ("weights", "codes"), strict=True):
         for method, marker in (("proximal", "o-"), ("subgradient", "x")):

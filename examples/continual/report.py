@@ -6,7 +6,6 @@ python examples/continual/report.py --rows docs/results/continual.csv --figure d
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 from collections import defaultdict
@@ -15,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for intervals and rows
 from benchmark import described, tuned
 from intervals import interval
-from rows import markdown
+from rows import markdown, read_values
 
 Rows = dict[str, list[dict[str, str]]]
 
@@ -72,9 +71,8 @@ def figure(found: dict[str, Rows], path: Path) -> None:
 def suites(path: Path, tuning: Path) -> dict[str, Rows]:
     """The rows of each suite and method; of a method that was tuned anew, those with the settings that are best now."""
     found: dict[str, Rows] = defaultdict(lambda: defaultdict(list))
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            found[row["suite"]][row["method"]].append(row)
+    for row in read_values(path):
+        found[row["suite"]][row["method"]].append(row)
     for suite, methods in found.items():
         for method, rows in methods.items():
             if suite != "bytes":

@@ -55,6 +55,9 @@ class CSVLoader(ResumableLoader):
         check_count("batch_size", batch_size)
         check_count("chunk_rows", chunk_rows)
         check_count("shuffle_buffer", shuffle_buffer, 0)
+        check_count("start", start, 0)
+        if rows is not None:
+            check_count("rows", rows, 0, otherwise="None for all")
         if rows is not None and rows < (batch_size if drop_last else 1):
             raise ValueError(
                 f"the loader would be empty: {rows} rows with batch_size={batch_size}, drop_last={drop_last}"

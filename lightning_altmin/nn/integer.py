@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.nn.staircase import Staircase
 
 _FRACTION = 2**16  # of one step of a sum: how finely the biases of the output are kept
@@ -67,14 +67,16 @@ class IntegerNetwork:
         network: The trained network, left as it is.
         zero: The integer input that stands for 0.
         unit: What one step of the integer input stands for: the network is given ``(pixel - zero) * unit``. May be
-            fractional, as ``zero``: both go into the first layer's thresholds.
+            fractional, as ``zero``, but is positive: both go into the first layer's thresholds.
         bits: Bits of a weight with its sign, 2 to 16.
 
     Raises:
-        ValueError: If the network is something else, its output does not fit 64 bits, or ``bits`` is out of range.
+        ValueError: If the network is something else, its output does not fit 64 bits, or a number is out of range.
     """
 
     def __init__(self, network: nn.Sequential, zero: float = 0.0, unit: float = 1.0, bits: int = 8) -> None:
+        check_number("zero", zero)
+        check_number("unit", unit, above=0)
         check_count("bits", bits, 2, 16)
         modules = [m for m in network if not isinstance(m, nn.Flatten)]
         linears, staircases = modules[::2], modules[1::2]

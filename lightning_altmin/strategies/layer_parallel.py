@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_altmin.altmin import AltMin
-from lightning_altmin.arguments import check_count
+from lightning_altmin.arguments import check_count, check_number
 from lightning_altmin.engines import Gradients
 from lightning_altmin.guard import Buffers, is_bad
 from lightning_altmin.losses import LossAt
@@ -76,8 +76,11 @@ class LayerParallel:
         self._group = group
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         stages = core.coded.stages
-        if costs is not None and len(costs) != len(stages):
-            raise ValueError(f"costs must name one number per stage, {len(stages)} of them, got {len(costs)}")
+        if costs is not None:
+            if len(costs) != len(stages):
+                raise ValueError(f"costs must name one number per stage, {len(stages)} of them, got {len(costs)}")
+            for index, cost in enumerate(costs):
+                check_number(f"costs[{index}]", cost, least=0)
         refuse_uncuttable(core, self.world)
         refuse_differences(Signature.of(core), group)
         self.core = core

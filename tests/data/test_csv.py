@@ -303,6 +303,10 @@ def test_loader_range_is_checked(tmp_path: Path) -> None:
         CSVLoader(file, schema, 4, shuffle_buffer=-2)
     with pytest.raises(ValueError, match="shuffle_buffer must be an integer >= 0, got 'all'"):
         CSVLoader(file, schema, 4, shuffle_buffer="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="start must be an integer >= 0, got -1"):
+        CSVLoader(file, schema, 4, start=-1)
+    with pytest.raises(ValueError, match=r"rows must be an integer >= 0, or None for all, got 2\.5"):
+        CSVLoader(file, schema, 4, rows=2.5)  # type: ignore[arg-type]
 
 
 def test_loaders_are_made_after_setup(tmp_path: Path) -> None:

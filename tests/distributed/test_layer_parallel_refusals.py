@@ -48,6 +48,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "monitor": (module, {"callbacks": [CodeMonitor()]}, "CodeMonitor"),
     "comparison": (module, {"callbacks": [CompareToBackprop()]}, "CompareToBackprop"),
     "costs": (module, {"strategy": LayerParallelStrategy(costs=[1, 2])}, "one number per stage, 3 of them, got 2"),
+    "a cost": (
+        module,
+        {"strategy": LayerParallelStrategy(costs=[1, -2, 1])},
+        r"costs\[1\] must be a number >= 0, got -2",
+    ),
     "micro-batches": (module, {"strategy": LayerParallelStrategy(micro_batches=0)}, "micro_batches must be an integer"),
 }
 

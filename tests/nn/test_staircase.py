@@ -82,6 +82,8 @@ def test_the_gradient_is_zero_and_nan_stays(module: nn.Module) -> None:
         (lambda: Staircase(0.0, 0.0, 0.0), "rise must be a positive number"),
         (lambda: IntegerNetwork(MLP(3, [4], 2)), "staircase"),
         (lambda: IntegerNetwork(MLP(3, [4], 2, activation=Sign), bits=1), "bits must be an integer from 2 to 16"),
+        (lambda: IntegerNetwork(MLP(3, [4], 2, activation=Sign), unit=-1), "unit must be a positive number, got -1"),
+        (lambda: IntegerNetwork(MLP(3, [4], 2, activation=Sign), math.nan), "zero must be a finite number, got nan"),
         (
             lambda: IntegerNetwork(MLP(3, [4], 2, activation=Sign)).predict(torch.rand(2, 3)),
             "pixels must be integers, got torch.float32",
