@@ -3,7 +3,7 @@
     python examples/accuracy_per_second.py --root data
     python examples/accuracy_per_second.py --table
 
-Both at the rate that `accuracy.py` chose for backprop and for AltMin after one epoch (the same one), constant, five
+Both at the rate that paper/accuracy.py chose for backprop and for AltMin after one epoch (the same one), constant, five
 seeds, one thread. Time is CPU time of training alone, the evaluations in between are not counted; compiling is done
 before. Rows of docs/results/accuracy_per_second.csv are written as runs end; runs whose rows exist are not repeated.
 """

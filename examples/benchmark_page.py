@@ -125,7 +125,7 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
     (
         "Accuracy beside tuned backprop",
         "accuracy.csv",
-        "examples/accuracy.py",
+        "examples/paper/accuracy.py",
         "Both methods have the same six rates, chosen on a validation split. The protocol, and which choices were made "
         "after test results were seen, are in [](results.md), and what was wrong with the ConvNet's rows.",
         accuracies,

@@ -13,7 +13,7 @@ Compilation happens in the warm-up and is not counted, nor are the first batches
 Rows of the JSON file are replaced by those measured anew; each row's ratio is to backprop in its own run. Peak memory
 is what a step's tensors hold beyond parameters and optimizer state. The share of the matmul bound is the step's
 multiply-adds (those of matrix products and convolutions) at this machine's measured rate, over the step's time. The
-accuracies in the table are those of step_time_accuracy.py and, tuned, of examples/accuracy.py.
+accuracies in the table are those of step_time_accuracy.py and, tuned, of examples/paper/accuracy.py.
 """
 
 from __future__ import annotations

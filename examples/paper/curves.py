@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for figures, intervals, ro
 from figures import pyplot, save
 from intervals import interval
 from rows import append, markdown, read
+from workers import results
 
 Run = tuple[str, str, str, str, int]
 """Suite (network and data), phase, method, its setting, seed."""
@@ -62,14 +61,8 @@ def execute(
         at: Only a row with so much seen makes a run finished; ``None`` for any.
     """
     left = unfinished(runs, (row for row in read(path, Row) if at in (None, row.seen)))
-    if workers == 1:
-        for run in left:
-            record(path, train(run))
-        return
-    # Forked, so that they share the samples; nothing may have touched a GPU by now.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        for done in as_completed([pool.submit(train, run) for run in left]):
-            record(path, done.result())
+    for found in results(train, left, workers):
+        record(path, found)
 
 
 def best(rows: Iterable[Row], suite: str, method: str) -> str:

@@ -7,7 +7,7 @@
 
 Networks, batches of 200, methods and their settings are those of first_epoch.py: 784-100-100-10 (mlp_100) and
 784-500-500-10 (mlp_500) on MNIST, 3072-500-500-10 on CIFAR-10 (cifar10_mlp). Rates are constant, for a stream has no
-end that a schedule could count to; so the last digits are not those of examples/accuracy.py, where they fall. `tune`
+end that a schedule could count to; so the last digits are not those of accuracy.py, where they fall. `tune`
 judges every setting after `TUNE_EPOCHS` epochs by a sixth of the training set held out, one seed; `final` trains on
 the whole training set for 50 epochs with each method's best, by other seeds, and is judged by the test set. `--small`
 does two epochs with one seed, in another results file. `--workers N` runs N at a time, `--device cuda` on a GPU. Every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import logging
 import os
@@ -83,6 +84,51 @@ def test_a_script_goes_on_where_it_stopped(script: Callable[..., Any], root: Pat
     script(name, "tune", *common)
     script(name, "final", *common)
     assert sorted(lines(results)) == sorted(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "methods", "tries"),
+    [
+        ("accuracy", ["--suite", "mnist_mlp_100"], ["backprop", "AltMin"], 6),
+        ("recurrent", ["--hidden", "15"], ["backprop", "AltMin"], 4),
+        ("binary", [], ["discrete codes, flips=0", "straight-through backprop"], 4),
+    ],
+)
+def test_a_table_goes_on_where_it_stopped(
+    script: Callable[..., Any],
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    options: list[str],
+    methods: list[str],
+    tries: int,
+) -> None:
+    """Catches a finished run that is repeated, one left out, methods that are tuned with unequal effort, and a final
+    run with another setting than the one that the held-out samples chose.
+    """
+    results = root / f"{name}.csv"
+    common = (*options, "--root", root, "--small", "--results", results, "--methods", *methods)
+    script(name, "tune", *common)
+    with results.open() as file:
+        tuned = list(csv.DictReader(file))
+    assert [row["method"] for row in tuned].count(methods[0]) == tries
+    assert len(tuned) == len(methods) * tries
+    script(name, "final", *common)
+    with results.open() as file:
+        final = list(csv.DictReader(file))[len(tuned) :]
+    rate, judged = ("rate", "val_accuracy") if name == "binary" else ("lr", "accuracy")
+    for method, row in zip(methods, final, strict=True):
+        chosen = max((r for r in tuned if r["method"] == method), key=lambda r: float(r[judged]))
+        assert (row["method"], row[rate]) == (method, chosen[rate])
+    whole = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(whole[:2] + whole[3:-1]))  # a tuning run and a final one are lost
+    capsys.readouterr()
+    script(name, "tune", *common)
+    assert len(results.read_text().splitlines()) == len(whole) - 1
+    script(name, "final", *common)
+    again = results.read_text().splitlines()
+    assert len(again) == len(whole)
+    assert len(set(again)) == len(whole)
 
 
 def test_offline_methods_are_fitted_anew_at_each_mark(

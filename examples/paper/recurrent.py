@@ -1,18 +1,19 @@
 """An Elman network on sequential MNIST: AltMin with a code per time step, beside backprop through time.
 
-    python examples/recurrent.py tune   --root data
-    python examples/recurrent.py final  --root data
-    python examples/recurrent.py signal --root data
-    python examples/recurrent.py pixels --root data
-    python examples/recurrent.py table
+    python examples/paper/recurrent.py tune   --root data
+    python examples/paper/recurrent.py final  --root data
+    python examples/paper/recurrent.py signal --root data
+    python examples/paper/recurrent.py pixels --root data
+    python examples/paper/recurrent.py table
 
 An image is read row by row: 28 steps of 28 numbers from 0 to 1, 15 or 50 tanh units, batches of 1,024, Adam with a
-cosine to zero. `tune` holds out a sixth of the training set and tries each rate for ``TUNE_EPOCHS`` epochs; `final`
-trains on all of it for 10 epochs with each method's best rate and asks the test set once. `signal` records how far the
+cosine to zero. `tune` holds out a sixth of the training set and tries each rate for 10 epochs; `final` trains on
+all of it for as many with each method's best rate and asks the test set once. `signal` records how far the
 codes of each step move, beside the norms of backprop's gradients there, and plots both. `pixels` reads pixel by pixel,
 784 steps, to show that it runs. The methods "..., all steps" have an output layer that reads the states of all 28
 steps, where that of the others reads the last one's. ``tune --epochs 50 --methods backprop`` asks what more time would
-bring. Rows are appended to docs/results/recurrent.csv as runs end; a run whose row exists is not repeated.
+bring. `--small` trains one epoch with one seed, for another results file; `--workers N` trains N networks at a time.
+Rows are appended to docs/results/recurrent.csv as runs end; a run whose row exists is not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import statistics
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -28,22 +31,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for figures, intervals and rows
 from figures import pyplot, save
 from intervals import interval
-from lightning.pytorch import Trainer, seed_everything
 from rows import append, markdown, read
-from torch import Tensor, nn
+from workers import results
 
 from lightning_altmin import AltMin, AltMinModule, BackpropModule, CurvatureCodes, GradientCodes, LocalGradient
 from lightning_altmin.data import VisionDataModule
 from lightning_altmin.nn import ElmanRNN
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ALL_STEPS = ", all steps"
 METHODS = ("backprop", "AltMin", "backprop" + ALL_STEPS, "AltMin" + ALL_STEPS)
 RATES = (0.003, 0.006, 0.012, 0.025)
 HIDDEN = (15, 50)
-EPOCHS, TUNE_EPOCHS, BATCH = 10, 10, 1024
+EPOCHS, SMALL_EPOCHS, BATCH = 10, 1, 1024
 SHARE = 0.1  # of the exact step of each code
 
 
@@ -107,8 +113,8 @@ def train(row: Row, root: str, in_features: int = 28, batch: int = BATCH, limit:
     return Row(**(asdict(row) | {"accuracy": round(accuracy, 4), "seconds": round(seconds, 1)}))
 
 
-def best_rate(rows: list[Row], hidden: int, method: str) -> float:
-    of = ("tune", hidden, method, TUNE_EPOCHS)
+def best_rate(rows: list[Row], hidden: int, method: str, epochs: int) -> float:
+    of = ("tune", hidden, method, epochs)
     tuned = [r for r in rows if (r.phase, r.hidden, r.method, r.epochs) == of]
     if not tuned:
         raise SystemExit(f"no tuning runs of {method} with {hidden} units: run `tune` first")
@@ -116,25 +122,25 @@ def best_rate(rows: list[Row], hidden: int, method: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    phase, path = arguments.command, arguments.results
-    rows = []
-    for hidden in arguments.hidden:
-        if phase == "tune":
-            rows += [Row("tune", hidden, m, arguments.epochs, lr, 100) for lr in RATES for m in arguments.methods]
-        else:
-            for seed in arguments.seeds:
-                rows += [
-                    Row("final", hidden, m, EPOCHS, best_rate(read(path, Row), hidden, m), seed)
-                    for m in arguments.methods
-                ]
-    start = time.monotonic()
-    for row in rows:
-        if row.key in {done.key for done in read(path, Row)}:
-            continue
-        if time.monotonic() - start > 60 * arguments.minutes:
-            raise SystemExit("time is up; run the command again to go on")
-        append(path, [ended := train(row, arguments.root)])
-        print(ended, flush=True)
+    path, epochs = arguments.results, SMALL_EPOCHS if arguments.small else EPOCHS
+    known = read(path, Row)
+    pairs = list(itertools.product(arguments.hidden, arguments.methods))
+    if arguments.command == "tune":
+        print(markdown(("method", "rates tried"), [(m, ", ".join(map(str, RATES))) for m in arguments.methods]))
+        tuned = arguments.epochs or epochs
+        rows = [Row("tune", hidden, method, tuned, lr, 100) for hidden, method in pairs for lr in RATES]
+    else:
+        rates = {pair: best_rate(known, *pair, epochs) for pair in pairs}
+        rows = [
+            Row("final", hidden, method, epochs, rates[hidden, method], seed)
+            for seed in arguments.seeds
+            for hidden, method in pairs
+        ]
+    done = {row.key for row in known}
+    left = [row for row in rows if row.key not in done]
+    for row in results(functools.partial(train, root=arguments.root), left, arguments.workers):
+        append(path, [row])
+        print(row, flush=True)
 
 
 # ---------------------------------------------------------------- what arrives at each step
@@ -223,12 +229,17 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--epochs", type=int, default=TUNE_EPOCHS, help="of a tuning run")
+    parser.add_argument("--epochs", type=int, help="of a tuning run, if not as many as of a final one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so long")
-    parser.add_argument("--results", type=Path, default=RESULTS / "recurrent.csv")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.small:
+        arguments.seeds = arguments.seeds[:1]
+    if arguments.results is None:
+        arguments.results = RESULTS / f"recurrent{'_small' if arguments.small else ''}.csv"
     warnings.filterwarnings("ignore")
     if arguments.command == "table":
         print(table(arguments.results))

@@ -1,13 +1,14 @@
 """AltMin beside backprop at equal effort: tuned on a validation split, then several seeds on the test set.
 
-    python examples/accuracy.py tune  --suite mnist_mlp_100 --root data
-    python examples/accuracy.py final --suite mnist_mlp_100 --root data
-    python examples/accuracy.py table
+    python examples/paper/accuracy.py tune  --suite mnist_mlp_100 --root data
+    python examples/paper/accuracy.py final --suite mnist_mlp_100 --root data
+    python examples/paper/accuracy.py table
 
 Both methods get the same network, batches, cosine schedule and optimizer (fused Adam) and the same number of settings.
 `tune` holds out a part of the training set and runs each setting; `final` trains on the whole training set with
-each method's best setting and reports the test set. Every finished run is a row of docs/results/accuracy.csv, written
-at once; a run whose row exists is not repeated, so an interrupted command goes on where it stopped.
+each method's best setting and reports the test set. `--small` does it with one seed for one epoch, and another results
+file; `--workers N` runs N at a time. Every finished run is a row of docs/results/accuracy.csv, written at once; a run
+whose row exists is not repeated, so an interrupted command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ import functools
 import itertools
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from intervals import interval
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from rows import append, markdown, read
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for intervals and rows
+from intervals import interval
+from rows import append, markdown, read
+from workers import results
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, CodedNetwork, CurvatureCodes, LocalGradient
 from lightning_altmin.data import ImageFolderDataModule, VisionDataModule
 from lightning_altmin.nn import MLP, ConvNet, LeNet5
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "accuracy.csv"
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "accuracy.csv"
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,14 @@ SUITES = {
         functools.partial(cifar10, batch_size=200, augment=False),
         epochs=(6,),
         tune_epochs=(2,),
-        seeds=3,
+        seeds=5,
     ),
     "cifar10_conv": Suite(
         {"ConvNet BatchNorm": functools.partial(ConvNet, 3, 10, channels=(16, 32, 64))},
         functools.partial(cifar10, batch_size=128, augment=False),
         epochs=(3,),
         tune_epochs=(1,),
-        seeds=3,
+        seeds=5,
     ),
 }
 
@@ -133,8 +138,10 @@ class Row:
         return tuple(str(getattr(self, f.name)) for f in fields(self) if f.name not in ("accuracy", "loss", "seconds"))
 
 
-def train(row: Row, suite: Suite, data: LightningDataModule) -> Row:
+def train(row: Row, root: str) -> Row:
     """Train one network by one method and evaluate it: on the held-out part when tuning, else on the test set."""
+    suite = SUITES[row.suite]
+    data = suite.data(root, 1 / 6 if row.phase == "tune" else 0.0)
     seed_everything(row.seed, verbose=False)
     network = suite.networks[row.network]()
     optimizer = functools.partial(torch.optim.Adam, lr=row.lr, fused=True)
@@ -204,13 +211,23 @@ def best(rows: list[Row], suite: str, network: str, method: str, epochs: int) ->
     return max(settings, key=lambda s: statistics.mean(r.accuracy for r in tuned if Setting(r.lr, r.mu, r.share) == s))
 
 
-def run(phase: str, name: str, root: str, path: Path, wanted: list[str] | None = None) -> None:
+def grid(network: str) -> str:
+    """The settings that are tried."""
+    tried = [(name, ", ".join(str(s.lr) for s in settings)) for name, settings in methods(network).items()]
+    return markdown(("method", "rates tried"), tried)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    name, path = arguments.suite, arguments.results
     suite = SUITES[name]
-    data = suite.data(root, 1 / 6 if phase == "tune" else 0.0)
-    for row in planned(name, suite, phase, read(path, Row), wanted):
-        if row.key in {done.key for done in read(path, Row)}:
-            continue
-        row = train(row, suite, data)
+    if arguments.small:
+        suite = replace(suite, epochs=(1,), tune_epochs=(1,), seeds=1, tune_seeds=1)
+    if arguments.command == "tune":
+        print(*map(grid, suite.networks), sep="\n\n", flush=True)
+    rows = read(path, Row)
+    done = {row.key for row in rows}
+    left = [row for row in planned(name, suite, arguments.command, rows, arguments.methods) if row.key not in done]
+    for row in results(functools.partial(train, root=arguments.root), left, arguments.workers):
         append(path, [row])
         print(f"{row.phase} {row.network} {row.method} epochs={row.epochs} lr={row.lr} mu={row.mu} seed={row.seed}: "
               f"{100 * row.accuracy:.2f} % in {row.seconds:.0f} s", flush=True)  # fmt: skip
@@ -246,14 +263,19 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of MNIST, or of the CIFAR-10 image folders")
     parser.add_argument("--methods", nargs="+", choices=("backprop", "AltMin", LIVE), help="all if not given")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--workers", type=int, default=1, help="processes that train")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.results is None:
+        arguments.results = RESULTS.with_stem("accuracy_small") if arguments.small else RESULTS
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", "You defined a `validation_step`")  # final runs hold nothing out
     if arguments.command == "table":
         print(table(arguments.results))
     else:
-        run(arguments.command, arguments.suite, arguments.root, arguments.results, arguments.methods)
+        run(arguments)
 
 
 if __name__ == "__main__":
