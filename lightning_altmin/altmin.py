@@ -77,7 +77,7 @@ class AltMin(nn.Module):
         self.codes.check([self.coded.stages[maker] for maker in self.coded.makers()], self.objective)
         self.codes.check_loss(self.local_loss)
         self.coded.refuse_codes(self.codes)
-        self.weights.check(self.coded.stages, self.objective)
+        self.weights.check(self.coded.stages, self.objective, self.local_loss)
         self.make_optimizer()  # a wrong per-layer setting is an error here, not at the first batch
         self.codes.prepare(self.coded.depth)
         _refuse_half_precision(self.network)

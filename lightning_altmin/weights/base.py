@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.engines import BatchState, Gradients, StageMap, SummedMap
-from lightning_altmin.losses import LossAt
+from lightning_altmin.losses import LocalLoss, LossAt
 from lightning_altmin.margins import MarginLoss
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.processes import Processes
@@ -206,11 +206,11 @@ class WeightSolver(nn.Module, ABC):
     sets_weights: bool = False
     traceable: bool = True
 
-    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective, loss: LocalLoss) -> None:
         """Called once with what it will be asked to solve; a solver that cannot do it refuses here.
 
         Raises:
-            ValueError: If a stage or a term of the objective cannot be served, naming it.
+            ValueError: If a stage, a term of the objective or the loss cannot be served, naming it.
         """
         return
 

@@ -40,23 +40,22 @@ class LayerStatistics(Preconditioner):
         self,
         x: Tensor,
         target: Tensor | None = None,
-        mask: Tensor | None = None,
+        weights: Tensor | None = None,
         forgetting: float = 1.0,
         processes: int = 1,
     ) -> None:
         decay = self._decay(forgetting, processes)
         A, B = self.A * decay, None if self.B is None else self.B * decay
         rows = self.rows * decay
-        others = [tensor for tensor in (target, mask) if tensor is not None]
+        others = [tensor for tensor in (target, weights) if tensor is not None]
         with torch.autocast(x.device.type, enabled=False):
             for part, *other in self._layer.chunks(x, *others):
                 inputs = part.to(torch.promote_types(part.dtype, torch.float32))
-                if mask is not None:
-                    inputs = inputs * other[-1].unsqueeze(1)
-                A += inputs.t() @ inputs
-                rows += inputs.shape[0] if mask is None else other[-1].sum()
+                weighted = inputs if weights is None else inputs * other[-1].unsqueeze(1)
+                A += inputs.t() @ weighted
+                rows += inputs.shape[0] if weights is None else other[-1].sum()
                 if B is not None:
-                    B += self._layer.output_rows(other[0]).to(inputs.dtype).t() @ inputs
+                    B += self._layer.output_rows(other[0]).to(inputs.dtype).t() @ weighted
         self.A, self.rows = A, rows
         if B is not None:
             self.B = B

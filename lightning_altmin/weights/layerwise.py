@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_altmin.engines import Gradients
+from lightning_altmin.losses import LocalLoss
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.stage import Stage
@@ -55,9 +56,9 @@ class LayerwiseWeights(WeightSolver):
                 return solvers[name]
         raise ValueError(f"solvers gives nothing for stage {stage.name!r}; add it or {DEFAULT!r}")
 
-    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective, loss: LocalLoss) -> None:
         for solver in self._solvers:
-            solver.check([s for s in stages if self._solver(s) is solver], objective)  # type: ignore[operator]
+            solver.check([s for s in stages if self._solver(s) is solver], objective, loss)  # type: ignore[operator]
 
     def inputs_of(self, stage: Stage) -> Inputs:
         return self._solver(stage).inputs_of(stage)

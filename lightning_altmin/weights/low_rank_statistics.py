@@ -50,7 +50,7 @@ class LowRankStatistics(Preconditioner):
         self,
         x: Tensor,
         target: Tensor | None = None,
-        mask: Tensor | None = None,
+        weights: Tensor | None = None,
         forgetting: float = 1.0,
         processes: int = 1,
     ) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_altmin.arguments import check_number
 from lightning_altmin.engines import Gradients
+from lightning_altmin.losses import LocalLoss
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import LayerwiseOptimizer
 from lightning_altmin.processes import Processes
@@ -141,17 +142,20 @@ class CoactivationMemory(WeightSolver):
 
     # ---------------------------------------------------------------- what the algorithm asks for
 
-    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective, loss: LocalLoss) -> None:
         """Refuse terms of the objective that a memory does not follow.
 
         Raises:
-            ValueError: If there is an l1 term of the weights, or codes are coupled otherwise than the form supposes.
+            ValueError: If there is an l1 term of the weights, codes are coupled otherwise than the form supposes, or
+                it cannot follow the loss.
         """
         own = [stage for stage in stages if _is_for(stage)]
         if own:
             _refuse_l1(objective)
         if any(not stage.is_output for stage in own):
             self._form.check_objective(objective)
+        if any(stage.is_output for stage in own):
+            self._form.check_loss(loss)
 
     def inputs_of(self, stage: Stage) -> Inputs:
         if self._inputs is not None:
@@ -193,8 +197,9 @@ class CoactivationMemory(WeightSolver):
             self._batch, self._pending = problem.number, []
         self._measured, self._renews = self._form.measures(problem.number), self._form.renews(problem.number)
         if self._measured and not layer.is_frozen:
-            target, mask = self._form.targets(problem, memory)
-            statistics.add(problem.live.layer_input(layer.layer), target, mask, self.forgetting, self._processes.count)
+            target, weights = self._form.targets(problem, memory)
+            rows = problem.live.layer_input(layer.layer)
+            statistics.add(rows, target, weights, self.forgetting, self._processes.count)
         gradients: Gradients = []
         if _beside(problem.stage, memory):
             own = {id(p) for p in layer.parameters}

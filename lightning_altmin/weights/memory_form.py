@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_altmin.arguments import check_count, check_number
+from lightning_altmin.losses import LocalLoss
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
@@ -79,6 +80,14 @@ class MemoryForm(ABC, Generic[Kept]):
         """
         return
 
+    def check_loss(self, loss: LocalLoss) -> None:
+        """Refuse a loss that this form cannot follow in the output layer; here there is none.
+
+        Raises:
+            ValueError: With the way out.
+        """
+        return
+
     @abstractmethod
     def measures(self, number: int) -> bool:
         """Whether statistics are taken in this batch, counted from 0."""
@@ -89,7 +98,7 @@ class MemoryForm(ABC, Generic[Kept]):
 
     @abstractmethod
     def targets(self, problem: WeightProblem, memory: Memory[Kept]) -> tuple[Tensor | None, Tensor | None]:
-        """What the layer's output should be, and which samples count; ``None`` for no targets, and for all samples."""
+        """What the layer's output should be, and each sample's weight; ``None``: no targets, and equal weights."""
 
     @abstractmethod
     def direction(self, problem: WeightProblem, memory: Memory[Kept]) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from lightning_altmin.arguments import check_number
 from lightning_altmin.engines import Gradients
+from lightning_altmin.losses import LocalLoss
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
@@ -123,7 +124,7 @@ class ProximalWeights(LocalGradient):
         self._lambda_w = 0.0
         self._layers: list[nn.Module] = []  # of the model that this belongs to; in a list: not registered
 
-    def check(self, stages: Sequence[Stage], objective: AltMinObjective) -> None:
+    def check(self, stages: Sequence[Stage], objective: AltMinObjective, loss: LocalLoss) -> None:
         """Refuse an objective without an l1 term of the weights, or with another one, and a second model.
 
         Raises:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_altmin.arguments import check_count, check_number
-from lightning_altmin.losses import CrossEntropy
+from lightning_altmin.losses import CrossEntropy, LocalLoss, MeanSquaredError, ModuleLoss
+from lightning_altmin.losses.targets import label_weights
 from lightning_altmin.objective import AltMinObjective, ReferenceObjective
 from lightning_altmin.stage import Stage
 from lightning_altmin.weights.base import Inputs, WeightProblem
@@ -54,6 +55,8 @@ class Cholesky(NormalEquations):
         return ridge_solution(A, B, self._ridge)
 
 
+_OTHERWISE = 'give the output stage another solver: LayerwiseWeights({"output": LocalGradient(), "default": ...})'
+
 EQUATIONS: dict[str, type[NormalEquations]] = {"cholesky": Cholesky, "bcd": CoordinateDescent}
 
 
@@ -65,7 +68,8 @@ Sums = LayerStatistics | TriangleStatistics
 class SolveForm(MemoryForm[Sums]):
     """``W`` from ``A`` and ``B``, every k batches (arXiv 1806.09077, updateMemory and updateWeights).
 
-    Hidden layers are fitted to their moved codes, the output layer to one-hot labels or to the targets themselves.
+    Hidden layers are fitted to their moved codes, the output layer to one-hot labels, each sample weighted as the loss
+    weights its class, or to the targets themselves.
 
     Args:
         solver: How the problem is solved, ``"cholesky"`` or ``"bcd"``.
@@ -143,6 +147,19 @@ class SolveForm(MemoryForm[Sums]):
                 "weight_coupling_gradient of its own, which it would not follow; use form='innovation'"
             )
 
+    def check_loss(self, loss: LocalLoss) -> None:
+        if isinstance(loss, CrossEntropy) and loss.module.label_smoothing > 0:
+            raise ValueError(
+                f"form='solve' fits the output layer to labels by least squares, to which "
+                f"label_smoothing={loss.module.label_smoothing:g} says nothing; leave it out, or {_OTHERWISE}"
+            )
+        if not isinstance(loss, CrossEntropy | MeanSquaredError):
+            given = type(loss.module).__name__ if isinstance(loss, ModuleLoss) else "a function"
+            raise ValueError(
+                f"form='solve' fits the output layer by least squares, which does not minimise the loss, {given}; "
+                f"use nn.CrossEntropyLoss() or nn.MSELoss(), or {_OTHERWISE}"
+            )
+
     def measures(self, number: int) -> bool:
         return True
 
@@ -150,24 +167,28 @@ class SolveForm(MemoryForm[Sums]):
         return (number + 1) % self.every == 0
 
     def targets(self, problem: WeightProblem, memory: Memory[Sums]) -> tuple[Tensor, Tensor | None]:
-        mask = None
+        weights = None
         if problem.move is not None:
             target = problem.target
         elif isinstance(problem.loss.loss, CrossEntropy) and not problem.loss.target.is_floating_point():
-            target, mask = _one_hot(problem, problem.loss.loss.module.ignore_index)
-        elif isinstance(problem.loss.target, Tensor) and problem.loss.target.shape == problem.forward_output.shape:
-            target = problem.loss.target.to(problem.forward_output.dtype)
+            target, weights = _one_hot(problem, problem.loss.loss.module)
         else:
-            raise ValueError(
-                f"form='solve' fits the output layer to class labels of a CrossEntropyLoss or to targets of the "
-                f"output's shape {tuple(problem.forward_output.shape)}; give the output stage another solver: "
-                'LayerwiseWeights({"output": LocalGradient(), "default": ...})'
-            )
+            target = self._given_targets(problem)
         bias = memory.layer.layer.bias
         if bias is not None and not memory.layer.has_bias:  # frozen: not part of what is solved for
             per_channel = isinstance(memory.layer.layer, nn.Conv2d)
             target = target - bias.detach().reshape((-1, 1, 1) if per_channel else (-1,))
-        return target, mask
+        return target, weights
+
+    def _given_targets(self, problem: WeightProblem) -> Tensor:
+        loss, target = problem.loss.loss, problem.loss.target
+        if isinstance(loss, CrossEntropy) and loss.module.weight is not None:
+            raise ValueError(
+                "form='solve' weights a sample by the weight of its class, and y holds probabilities of several; leave "
+                f"CrossEntropyLoss's weight out, or {_OTHERWISE}"
+            )
+        given: Tensor = target.to(problem.forward_output.dtype)
+        return given
 
     def direction(self, problem: WeightProblem, memory: Memory[Sums]) -> None:
         return None
@@ -192,15 +213,14 @@ class SolveForm(MemoryForm[Sums]):
             return torch.cat([self._equations(weights, A[:-1, :-1], rest, False), bias], 1)
 
 
-def _one_hot(problem: WeightProblem, ignored: int) -> tuple[Tensor, Tensor | None]:
-    """Labels as rows of zeros with a one, and which samples have one."""
-    if problem.forward_output.dim() != 2:
+def _one_hot(problem: WeightProblem, loss: nn.CrossEntropyLoss) -> tuple[Tensor, Tensor]:
+    """Labels as rows of zeros with a one, and the weight of each sample: its class's, 0 if it is ignored."""
+    output = problem.forward_output
+    if output.dim() != 2:
         raise ValueError(
-            f"form='solve' takes one label per sample, the output has shape {tuple(problem.forward_output.shape)}; "
-            'give the output stage another solver: LayerwiseWeights({"output": LocalGradient(), "default": ...})'
+            f"form='solve' takes one label per sample, the output has shape {tuple(output.shape)}; {_OTHERWISE}"
         )
-    labelled = problem.loss.target != ignored
-    labels = problem.loss.target.where(labelled, 0)
-    dtype = torch.promote_types(problem.forward_output.dtype, torch.float32)
-    target = functional.one_hot(labels, problem.forward_output.shape[1]).to(dtype)
-    return target, labelled.to(dtype)
+    labels = problem.loss.target
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    target = functional.one_hot(labels.where(labels != loss.ignore_index, 0), output.shape[1]).to(dtype)
+    return target, label_weights(loss, output, labels).to(dtype)

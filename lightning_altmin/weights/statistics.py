@@ -43,7 +43,7 @@ class Statistics(nn.Module, ABC):
         self,
         x: Tensor,
         target: Tensor | None = None,
-        mask: Tensor | None = None,
+        weights: Tensor | None = None,
         forgetting: float = 1.0,
         processes: int = 1,
     ) -> None:
@@ -52,7 +52,7 @@ class Statistics(nn.Module, ABC):
         Args:
             x: The layer's input, or an input of it per sample and position.
             target: What its output should be, where targets are kept.
-            mask: Which samples count, for layers without positions; all if not given.
+            weights: How much each sample counts, for layers without positions; all the same if not given.
             forgetting: Discount, in (0, 1].
             processes: Number of processes that hold shares.
         """

@@ -47,26 +47,25 @@ class TriangleStatistics(Statistics):
         self,
         x: Tensor,
         target: Tensor | None = None,
-        mask: Tensor | None = None,
+        weights: Tensor | None = None,
         forgetting: float = 1.0,
         processes: int = 1,
     ) -> None:
         assert target is not None
         decay = self._decay(forgetting, processes)
         triangles, across, B, rows = (each * decay for each in (self.triangles, self.across, self.B, self.rows))
-        others = [target] if mask is None else [target, mask]
+        others = [target] if weights is None else [target, weights]
         with torch.autocast(x.device.type, enabled=False):
             for part, *other in self._layer.chunks(x, *others):
                 inputs = part.to(torch.promote_types(part.dtype, torch.float32))
-                if mask is not None:
-                    inputs = inputs * other[-1].unsqueeze(1)
+                weighted = inputs if weights is None else inputs * other[-1].unsqueeze(1)
                 first, second = inputs[:, : self._first], inputs[:, self._first :]
                 lower, upper = self._halves(triangles)
-                lower += (first.t() @ first).tril_()
-                upper += (second.t() @ second).triu_()
-                across += second.t() @ first
-                rows += inputs.shape[0] if mask is None else other[-1].sum()
-                B += self._layer.output_rows(other[0]).to(inputs.dtype).t() @ inputs
+                lower += (first.t() @ weighted[:, : self._first]).tril_()
+                upper += (second.t() @ weighted[:, self._first :]).triu_()
+                across += second.t() @ weighted[:, : self._first]
+                rows += inputs.shape[0] if weights is None else other[-1].sum()
+                B += self._layer.output_rows(other[0]).to(inputs.dtype).t() @ weighted
         self.triangles, self.across, self.B, self.rows = triangles, across, B, rows
 
     def discount(self, factor: float) -> None:

@@ -39,11 +39,11 @@ class WindowStatistics(LayerStatistics):
         self,
         x: Tensor,
         target: Tensor | None = None,
-        mask: Tensor | None = None,
+        weights: Tensor | None = None,
         forgetting: float = 1.0,
         processes: int = 1,
     ) -> None:
-        super().add(x, target, mask, forgetting, processes)
+        super().add(x, target, weights, forgetting, processes)
         if forgetting < 1:
             self._discount_past(forgetting)
 

@@ -161,6 +161,38 @@ def test_ignored_labels_are_left_out() -> None:
     assert_layer(network[2], ridge_over(network[:2](x)[kept], torch.eye(3, dtype=x.dtype)[y[kept]], RIDGE))
 
 
+def test_samples_weigh_what_the_loss_says_of_their_class() -> None:
+    """Catches class weights that are left out: with weights that are whole numbers a sample counts as so many."""
+    network = random_features()
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))
+    core = AltMin(network, loss, weights=CoactivationMemory("solve", ridge=RIDGE, every=1))
+    x, y = torch.randn(30, 5, dtype=torch.float64), torch.randint(3, (30,))
+    core.step(x, y)
+    times = torch.tensor([1, 3, 2])[y]
+    a, labels = network[:2](x).repeat_interleave(times, 0), y.repeat_interleave(times)
+    assert_layer(network[2], ridge_over(a, torch.eye(3, dtype=x.dtype)[labels], RIDGE))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), "label_smoothing=0.1 says nothing"),
+        (nn.BCEWithLogitsLoss(), "does not minimise the loss, BCEWithLogitsLoss"),
+        (nn.functional.l1_loss, "does not minimise the loss, L1Loss"),
+        (lambda output, target: (output - target).square().mean(), "does not minimise the loss, a function"),
+    ],
+)
+def test_losses_that_least_squares_do_not_minimise_are_refused(loss: Any, message: str) -> None:
+    """Catches an output layer that is fitted to something else than the loss asks for, without a word; a hidden layer
+    has no part in the loss, and an output layer with a solver of its own minimises it.
+    """
+    with pytest.raises(ValueError, match=message + ".*LayerwiseWeights"):
+        AltMin(random_features(), loss, weights=CoactivationMemory("solve"))
+    hidden = LayerwiseWeights({"output": LocalGradient(), "default": CoactivationMemory("solve")})
+    network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    AltMin(network, loss, weights=hidden)
+
+
 def test_a_frozen_bias_stays_and_counts() -> None:
     """Catches a bias that is part of the output but not of the targets, or that is changed though frozen."""
     network = random_features()
@@ -194,14 +226,14 @@ def test_output_layer_by_its_loss() -> None:
 
 
 def test_what_cannot_be_solved_is_refused() -> None:
-    """Catches a BatchNorm between a layer and its target, and targets that nothing can be fitted to."""
+    """Catches a BatchNorm between a layer and its target, and class weights that soft labels make ambiguous."""
     normed = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
     with pytest.raises(ValueError, match=r"stage '0' has \['BatchNorm1d'\] after it; use form='innovation'"):
         AltMin(normed, nn.CrossEntropyLoss(), weights=CoactivationMemory("solve"))
-    network = random_features()
-    core = AltMin(network, lambda output, y: output.logsumexp(1).mean(), weights=CoactivationMemory("solve"))
-    with pytest.raises(ValueError, match="fits the output layer to class labels"):
-        core.step(torch.randn(4, 5, dtype=torch.float64), torch.randint(3, (4,)))
+    loss = nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64))
+    core = AltMin(random_features(), loss, weights=CoactivationMemory("solve"))
+    with pytest.raises(ValueError, match="y holds probabilities of several; leave CrossEntropyLoss's weight out"):
+        core.step(torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64).softmax(1))
 
 
 def test_a_memory_that_has_seen_nothing_is_not_solved_for() -> None:

@@ -107,13 +107,15 @@ def test_forgetting_against_its_closed_form(forgetting: float) -> None:
     torch.testing.assert_close(kept.mean(), A / rows, rtol=1e-12, atol=1e-12)
 
 
-def test_samples_that_do_not_count() -> None:
-    """Catches a masked sample whose appended one or target still counts."""
+def test_a_sample_of_weight_k_is_k_samples() -> None:
+    """Catches a sample of weight 0 whose appended one or target still counts, and a weight that is squared or left out
+    of one of the sums.
+    """
     a, c = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
-    masked, left_out = statistics(3), statistics(3)
-    masked.add(a, c, torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64))
-    left_out.add(a[[0, 2, 3, 5]], c[[0, 2, 3, 5]])
-    for ours, expected in zip(masked.buffers(), left_out.buffers(), strict=True):
+    weighted, repeated = statistics(3), statistics(3)
+    weighted.add(a, c, torch.tensor([1.0, 0, 3, 1, 0, 2], dtype=torch.float64))
+    repeated.add(a[[0, 2, 2, 2, 3, 5, 5]], c[[0, 2, 2, 2, 3, 5, 5]])
+    for ours, expected in zip(weighted.buffers(), repeated.buffers(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
 
 

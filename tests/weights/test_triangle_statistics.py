@@ -45,13 +45,13 @@ def test_sums_are_those_of_the_whole_matrix(inputs: int, bias: bool, sizes: list
 
 
 @pytest.mark.parametrize("inputs", [4, 5])
-def test_samples_that_do_not_count(inputs: int) -> None:
-    """Catches a masked sample whose input, target or row still counts."""
+def test_a_sample_of_weight_k_is_k_samples(inputs: int) -> None:
+    """Catches a sample of weight 0 whose input, target or row still counts, and a weight squared or left out."""
     a, c = torch.randn(6, inputs, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
-    masked, left_out = statistics(inputs), statistics(inputs)
-    masked.add(a, c, torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64))
-    left_out.add(a[[0, 2, 3, 5]], c[[0, 2, 3, 5]])
-    for ours, expected in zip(masked.buffers(), left_out.buffers(), strict=True):
+    weighted, repeated = statistics(inputs), statistics(inputs)
+    weighted.add(a, c, torch.tensor([1.0, 0, 3, 1, 0, 2], dtype=torch.float64))
+    repeated.add(a[[0, 2, 2, 2, 3, 5, 5]], c[[0, 2, 2, 2, 3, 5, 5]])
+    for ours, expected in zip(weighted.buffers(), repeated.buffers(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
 
 
