@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -111,6 +114,7 @@ class AltMinModule(SupervisedModule):
         self._skipped_before = self._seen_before = 0  # bad batches, and all, of earlier epochs
         self._pending = 0  # batches since the last optimizer step
         self._admitted = 0  # how many of them were good
+        self._steps_are_watched = False  # by a hook that sees, and may change, the optimizer's groups
         self._saved_pending: dict[str, Any] | None = None
         self.dealt_out: LayerParallel | None = None
         """Set by `LayerParallelStrategy` for the time of a run."""
@@ -184,7 +188,8 @@ class AltMinModule(SupervisedModule):
             torch._foreach_div_(gradients, self._admitted)
         if self.gradient_clip_norm is not None:
             clip_per_group(optimizer, self.gradient_clip_norm)
-        with self.core.guard.protect(optimizer), equal_groups_merged(optimizer), without_loss_scaling(self.trainer):
+        groups = nullcontext() if self._steps_are_watched else equal_groups_merged(optimizer)
+        with self.core.guard.protect(optimizer), groups, without_loss_scaling(self.trainer):
             step()
         optimizer.zero_grad()
         self._admitted = 0
@@ -248,6 +253,8 @@ class AltMinModule(SupervisedModule):
         """Begin with the gradients that were being accumulated when the checkpoint was written, if there is one."""
         super().on_train_start()
         end_together_on_sigterm(self.trainer)
+        hook, callbacks = "on_before_optimizer_step", self.trainer.callbacks  # type: ignore[attr-defined]
+        self._steps_are_watched = is_overridden(hook, self) or any(is_overridden(hook, c, Callback) for c in callbacks)
         self.core.split_verified = not self.core.coded.split_found  # what a forward reads may have changed since
         if not self.resuming:
             self.core.batches_seen = 0

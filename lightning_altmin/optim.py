@@ -168,9 +168,12 @@ def equal_groups_merged(optimizer: Optimizer) -> Iterator[None]:
     """Step ``optimizer`` inside this context: parameter groups whose settings agree are then one.
 
     A group per layer is what schedules, monitors and users want to see; a fused kernel wants all layers in one call.
-    Only optimizers that treat every element by itself and keep nothing in a group are merged.
+    Only optimizers that treat every element by itself and keep nothing in a group are merged, and only where no hook of
+    a step sees the groups: what it changed in the merged one would be lost.
     """
     children = list(getattr(optimizer, "children", {"": optimizer}).values())
+    if any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in (optimizer, *children)):
+        children = []
     before = [(child, child.param_groups) for child in children if type(child) in _ELEMENTWISE]
     for child, groups in before:
         child.param_groups = _merged(groups)

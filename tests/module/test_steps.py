@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,38 @@ def test_leftover_batches_step_when_the_trainer_ends_an_epoch_without_length() -
     fit = trainer(max_epochs=2, limit_train_batches=3, callbacks=[steps])
     fit.fit(AltMinModule(network(), accumulate_batches=2), torch.utils.data.DataLoader(Endless(), batch_size=4))
     assert steps.after_batch == [0, 1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize("way", ["callback", "hook of the optimizer"])
+def test_what_a_hook_changes_in_a_group_counts(way: str) -> None:
+    """Catches hooks that see one group of all layers instead of one per layer, and a rate that they change in vain: SGD
+    at a rate of 0 leaves a layer as it is.
+    """
+    seen: list[list[str]] = []
+
+    def freeze(optimizer: torch.optim.Optimizer) -> None:
+        seen.append([group["name"] for group in optimizer.param_groups])
+        optimizer.param_groups[1]["lr"] = 0.0
+
+    class Freeze(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+            freeze(optimizer)
+
+    def hooked(params: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: freeze(optimizer))
+        return optimizer
+
+    by_callback = way == "callback"
+    factory = functools.partial(torch.optim.SGD, lr=0.1) if by_callback else hooked
+    module = AltMinModule(network(), weights=LocalGradient(factory))
+    before = {name: value.clone() for name, value in module.network.state_dict().items()}
+    fit = trainer(max_steps=2, callbacks=[Freeze()] if by_callback else [])
+    fit.fit(module, loader())
+    assert seen == [["0", "2", "4"]] * 2
+    assert [group["lr"] for group in fit.optimizers[0].param_groups] == [0.1, 0.0, 0.1]
+    same = {name: torch.equal(value, before[name]) for name, value in module.network.state_dict().items()}
+    assert same == {name: name.startswith("2.") for name in before}
 
 
 def test_max_steps_is_exact() -> None:
