@@ -9,6 +9,8 @@ from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
+from lightning_altmin.losses.wrapping import as_module
+
 Metrics = Metric | MetricCollection | Mapping[str, Metric]
 
 
@@ -17,6 +19,13 @@ class LogitBinaryAccuracy(BinaryAccuracy):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         super().update((preds > 0).int(), (target > 0.5).int())
+
+
+class MidpointAccuracy(BinaryAccuracy):
+    """Binary accuracy of an output that is asked to be 0 or 1, and that may lie beyond both."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update((preds > 0.5).int(), (target > 0.5).int())
 
 
 class ClassAccuracy(MulticlassAccuracy):
@@ -53,10 +62,9 @@ def metric_collection(metrics: Metrics | None, loss: object) -> MetricCollection
 
 
 def _defaults(loss: object) -> dict[str, Metric | MetricCollection]:
+    loss = as_module(loss)
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
         return {"acc": ClassAccuracy(loss.ignore_index)}
-    if loss in (functional.cross_entropy, functional.nll_loss):
-        return {"acc": ClassAccuracy()}
     if isinstance(loss, nn.BCEWithLogitsLoss) or loss is functional.binary_cross_entropy_with_logits:
         return {"acc": LogitBinaryAccuracy()}
     return {}

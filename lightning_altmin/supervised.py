@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import MetricCollection
 
 from lightning_altmin.arguments import check_count
 from lightning_altmin.losses import local_loss
@@ -58,6 +59,7 @@ class SupervisedModule(ExactResume):
         collection = metric_collection(metrics, loss)
         self.val_metrics = collection.clone(prefix="val_")
         self.test_metrics = collection.clone(prefix="test_")
+        self._further = nn.ModuleDict({"val": nn.ModuleList(), "test": nn.ModuleList()})  # of loaders after the first
         self._scheduler_factory = lr_scheduler
         self._lr_interval = lr_interval
         self._lr_frequency = lr_frequency
@@ -140,27 +142,49 @@ class SupervisedModule(ExactResume):
 
     # ---------------------------------------------------------------- evaluation
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Log ``val_loss`` and the metrics; returns the loss."""
-        return self._evaluate(batch, "val", self.val_metrics)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Log ``val_loss`` and the metrics, those of each loader by themselves; returns the loss."""
+        return self._evaluate(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Log ``test_loss`` and the metrics; returns the loss."""
-        return self._evaluate(batch, "test", self.test_metrics)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Log ``test_loss`` and the metrics, those of each loader by themselves; returns the loss."""
+        return self._evaluate(batch, "test", dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The network's output for what `inputs_of` finds in the batch."""
         output: Tensor = self(self.inputs_of(batch))
         return output
 
-    def _evaluate(self, batch: Any, stage: str, metrics: Any) -> Tensor:
+    def on_validation_epoch_start(self) -> None:
+        """Have metrics for every loader."""
+        self._have_metrics("val", len(self.trainer.num_val_batches))
+
+    def on_test_epoch_start(self) -> None:
+        """Have metrics for every loader."""
+        self._have_metrics("test", len(self.trainer.num_test_batches))
+
+    def _have_metrics(self, stage: str, loaders: int) -> None:
+        further: Any = self._further[stage]
+        while len(further) < loaders - 1:
+            further.append(self._metrics_of(stage, 0).clone())
+
+    def _metrics_of(self, stage: str, loader: int) -> MetricCollection:
+        further: Any = self._further[stage]
+        first = self.val_metrics if stage == "val" else self.test_metrics
+        return further[loader - 1] if loader else first
+
+    def _evaluate(self, batch: Any, stage: str, loader: int) -> Tensor:
+        metrics = self._metrics_of(stage, loader)
         x, y = self.unpack(batch)
         output = self(x)
         loss = self.batch_loss(output, y)
+        # What the mean over the batch was divided by, so that the mean over batches is that over all of their samples;
+        # 0, with a loss of NaN, where all labels are ignored.
+        weight: Any = self._local_loss.weight(output, y)
         self.log(
             f"{stage}_loss",
-            loss,
-            batch_size=x.shape[0],
+            loss.where(weight > 0, 0.0),
+            batch_size=weight,
             on_epoch=True,
             on_step=False,
             prog_bar=stage == "val",

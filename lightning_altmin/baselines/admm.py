@@ -34,7 +34,7 @@ class ADMMModule(OfflineModule):
         warm_start: Sweeps before the first multiplier step, >= 0.
         ridge: Added to the normal equations of the weights, relative to their mean diagonal, > 0: the pseudo-inverse
             of the paper is its limit at 0.
-        metrics: As for `AltMinModule`; accuracy of classes if not given.
+        metrics: As for `AltMinModule`; accuracy if not given, where targets are classes, or 0 and 1 for a hinge.
 
     Raises:
         ValueError: If a setting is out of its range, or the network is something else or has a frozen layer.

@@ -34,7 +34,7 @@ class BCDModule(OfflineModule):
         gamma: Price of a difference between ``v`` and ``s(u)``, > 0.
         rho: Price of a difference between ``u`` and ``W v + b``, > 0.
         alpha: Price of leaving the old value, > 0.
-        metrics: As for `AltMinModule`; accuracy of classes if not given.
+        metrics: As for `AltMinModule`; accuracy if not given, where targets are classes, or 0 and 1 for a hinge.
 
     Raises:
         ValueError: If a price is not positive, or the network is something else or has a frozen layer.

@@ -42,7 +42,7 @@ class MACModule(OfflineModule):
         growth: What ``mu`` is multiplied by, >= 1.
         every: Sweeps between two of these, >= 1.
         iterations: L-BFGS iterations per problem and sweep, >= 1.
-        metrics: As for `AltMinModule`; accuracy of classes if not given.
+        metrics: As for `AltMinModule`.
 
     Raises:
         ValueError: If a setting is out of its range, or the network is something else.

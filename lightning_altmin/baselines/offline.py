@@ -11,10 +11,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_altmin.baselines.output_losses import OutputLoss
 from lightning_altmin.codes.elementwise import INVERTIBLE
 from lightning_altmin.codes.plain_layer import activation_of, odd_modules
 from lightning_altmin.guard import NonFiniteError
-from lightning_altmin.metrics import ClassAccuracy, Metrics
+from lightning_altmin.metrics import Metrics
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.supervised import SupervisedModule
 
@@ -98,10 +99,13 @@ class OfflineModule(SupervisedModule, ABC):
         loss: nn.Module | Callable[[Tensor, Any], Tensor],
         metrics: Metrics | None,
     ) -> None:
-        super().__init__(loss, {"acc": ClassAccuracy()} if metrics is None else metrics, None, "epoch", 1, None)
+        layers = layers_of(network)
+        if metrics is None and isinstance(loss, OutputLoss):
+            metrics = loss.default_metrics(layers[-1].linear.out_features)
+        super().__init__(loss, metrics, None, "epoch", 1, None)
         self.automatic_optimization = False
         self.network = network
-        self.layers = layers_of(network)
+        self.layers = layers
         refuse_frozen(network)
         self._samples: tuple[Tensor, Tensor] | None = None
         self.variables: Variables = {}

@@ -7,6 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchmetrics import Metric
+
+from lightning_altmin.metrics import ClassAccuracy, MidpointAccuracy
 
 
 class OutputLoss(ABC):
@@ -35,6 +38,10 @@ class OutputLoss(ABC):
             target: Class indices, or numbers shaped like ``centre``.
         """
 
+    def default_metrics(self, outputs: int) -> dict[str, Metric]:
+        """What is logged if the user names nothing: accuracy, unless a single output has numbers for targets."""
+        return {"acc": ClassAccuracy()} if outputs > 1 else {}
+
 
 class SquaredError(OutputLoss):
     """``1/2 ||v - y||^2``, with ``y`` the one-hot code of a class index, or numbers as they are."""
@@ -51,6 +58,9 @@ class Hinge(OutputLoss):
 
     The loss of Taylor et al. 2016 for one output and targets 0 and 1; for classes, the same at each output.
     """
+
+    def default_metrics(self, outputs: int) -> dict[str, Metric]:
+        return super().default_metrics(outputs) or {"acc": MidpointAccuracy()}
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         wanted = _one_hot(output, target)

@@ -32,6 +32,12 @@ _FORWARDS_OF_LABELS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, nn.Multi
 """What these take for a label is known; a subclass with a forward of its own may take something else."""
 
 
+def as_module(loss: Any) -> Any:
+    """The module of the same name where ``loss`` is a function of ``torch.nn.functional`` that has one."""
+    # Compared one by one: a callable of the user's need not be hashable.
+    return next((module() for function, module in _FUNCTIONALS.items() if function is loss), loss)
+
+
 def local_loss(loss: Loss) -> LocalLoss:
     """Wrap a user's loss.
 
@@ -50,8 +56,7 @@ def local_loss(loss: Loss) -> LocalLoss:
         return loss
     if isinstance(loss, type) or not callable(loss):
         raise TypeError(f"loss must be an instance of a loss module or a function, got {loss!r}")
-    # Compared one by one: a callable of the user's need not be hashable.
-    loss = next((module() for function, module in _FUNCTIONALS.items() if function is loss), loss)
+    loss = as_module(loss)
     if not isinstance(loss, nn.Module):
         return CallableLoss(loss)
     if any(p.requires_grad for p in loss.parameters()):

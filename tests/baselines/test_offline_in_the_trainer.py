@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_altmin.baselines import ADMMModule, BCDModule, MACModule
+from lightning_altmin.baselines import ADMMModule, BCDModule, MACModule, SquaredError
 from lightning_altmin.baselines.offline import OfflineModule
 from lightning_altmin.data import DigitsDataModule
 from lightning_altmin.nn import MLP, LeNet5
@@ -33,6 +33,20 @@ def test_it_learns_handwritten_digits(method: type[Any]) -> None:
     assert fitted.global_step == 30
     assert "train_objective" in fitted.logged_metrics
     assert trainer().test(module, datamodule=data, verbose=False)[0]["test_acc"] > 0.8
+
+
+def test_the_accuracy_of_a_single_output() -> None:
+    """Catches the largest of one output taken for a class, with which any network is right about everything."""
+    zero = MLP(2, [3], 1)
+    for parameter in zero.parameters():
+        nn.init.zeros_(parameter)
+    x, y = torch.randn(8, 2), torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 0]).unsqueeze(1)
+    data = DataLoader(TensorDataset(x, y), batch_size=8)
+    (logged,) = trainer().test(ADMMModule(zero), data, verbose=False)
+    assert logged["test_acc"] == 3 / 8  # 0 is below the middle: class 0 throughout
+    for module in (ADMMModule(zero, SquaredError()), BCDModule(zero), MACModule(zero, nn.MSELoss())):
+        (logged,) = trainer().test(module, data, verbose=False)
+        assert list(logged) == ["test_loss"]  # of numbers there is no accuracy
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -72,6 +72,42 @@ def test_logged_values_are_means_over_samples(kind: Any) -> None:
         assert logged[f"{name}_acc"] == pytest.approx(accuracy)
 
 
+@pytest.mark.parametrize("kind", MODULES)
+def test_logged_losses_are_those_of_all_samples_in_one_batch(kind: Any) -> None:
+    """Catches batch means weighted by the number of samples where the loss weights classes and ignores labels, and a
+    batch of ignored labels alone, whose mean is 0 / 0, that makes the whole epoch's loss NaN.
+    """
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 9.0, 3.0]), ignore_index=-1)
+    module = kind(network(), loss=loss)
+    x, y = samples(12)
+    y[[1, 4, 5, 6, 7]] = -1  # the second batch of four, and one label of the first
+    with torch.no_grad():
+        expected = float(loss(module.eval()(x), y))
+    for size in (4, 12):
+        (logged,) = trainer().test(module, DataLoader(TensorDataset(x, y), batch_size=size), verbose=False)
+        assert logged["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_each_loader_has_a_loss_and_metrics_of_its_own(kind: Any, stage: str) -> None:
+    """Catches loaders that are refused, or whose samples are counted together, also when the module is asked again."""
+    module = kind(network()).eval()
+    x, y = samples(9)
+    with torch.no_grad():
+        output = module(x)
+        own = [float(nn.functional.cross_entropy(output[part], y[part])) for part in (slice(5), slice(5, 9))]
+        right = [float((output.argmax(1) == y)[part].float().mean()) for part in (slice(5), slice(5, 9))]
+    loaders = [DataLoader(TensorDataset(x[part], y[part]), batch_size=2) for part in (slice(5), slice(5, 9))]
+    fit = trainer(limit_val_batches=None)
+    for _ in range(2):
+        found = (fit.validate if stage == "val" else fit.test)(module, loaders, verbose=False)
+        for index, logged in enumerate(found):
+            assert logged[f"{stage}_loss/dataloader_idx_{index}"] == pytest.approx(own[index], rel=1e-5)
+            assert logged[f"{stage}_acc/dataloader_idx_{index}"] == pytest.approx(right[index])
+    assert [len(part) for part in fit.predict(module, loaders)] == [3, 2]
+
+
 def test_predictions_are_outputs_with_and_without_targets() -> None:
     """Catches targets fed to the network, and batches that prediction drops."""
     module = AltMinModule(network())
@@ -122,6 +158,9 @@ def test_default_accuracies() -> None:
     for loss in (nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.NLLLoss(), nn.functional.nll_loss):
         assert accuracy_of(loss, logits, labels) == 0.75
     assert accuracy_of(nn.CrossEntropyLoss(ignore_index=1), logits, labels) == pytest.approx(2 / 3)
+    ignored = torch.tensor([0, 1, -100, 0])
+    for loss in (nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.functional.nll_loss):
+        assert accuracy_of(loss, logits, ignored) == 1.0
     assert accuracy_of(nn.CrossEntropyLoss(), logits, nn.functional.one_hot(labels, 3).float()) == 0.75
     binary = torch.tensor([[0.3], [0.7], [-0.1], [2.0]])  # all but the third are logits above 0
     for loss in (nn.BCEWithLogitsLoss(), nn.functional.binary_cross_entropy_with_logits):
