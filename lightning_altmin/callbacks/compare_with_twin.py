@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_altmin.baselines import BackpropModule
 from lightning_altmin.callbacks.altmin_access import (
@@ -27,6 +28,7 @@ from lightning_altmin.callbacks.training_clock import TrainingClock
 from lightning_altmin.module import AltMinModule
 from lightning_altmin.random_state import random_state, set_random_state
 from lightning_altmin.trainer.exact_resume import of_all_processes
+from lightning_altmin.weights import LocalGradient
 from lightning_altmin.weights.local_gradient import OptimizerFactory, adam
 
 _SECONDS, _PARAMETERS = "training seconds", "parameters"
@@ -43,7 +45,8 @@ class CompareWithTwin(Callback):
     batch without weighting them; the seconds are those of each process.
 
     Args:
-        optimizer: Factory of the twin's optimizer; fused Adam at rate 0.002 if not given, as for AltMin.
+        optimizer: Factory of the twin's optimizer. If not given, that of the compared run's `LocalGradient`, or fused
+            Adam at rate 0.002 where its layers have different ones or its weight solver is another.
 
     Attributes:
         results: After fit, ``{"AltMin": {...}, "backprop": {...}}`` with every test metric, ``test_loss``,
@@ -59,7 +62,8 @@ class CompareWithTwin(Callback):
     def __init__(self, optimizer: OptimizerFactory | None = None) -> None:
         if optimizer is not None and not callable(optimizer):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
-        self._optimizer: OptimizerFactory = adam if optimizer is None else optimizer
+        self._optimizer = optimizer
+        self._steppers: dict[str, str] = {}  # the optimizers of both, in words
         self.results: dict[str, dict[str, float]] = {}
         self.twin: BackpropModule | None = None
         self._start: dict[str, Any] | None = None
@@ -153,13 +157,14 @@ class CompareWithTwin(Callback):
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.teardown(trainer, module, stage)  # the terminal has room for one live bar
         rank_zero_info("CompareWithTwin: training the same network by backprop")
-        self.twin = _make_twin(module, self._start["weights"], self._optimizer)
+        self.twin = _make_twin(module, self._start["weights"], self._optimizer or _optimizer_of(module))
         generators = self._start["generators"]
         replay = _Replay(generators[trainer.global_rank % len(generators)])
         with _left_alone(trainer, module, data):
             runner = _small_trainer(trainer, module.accumulate_batches, replay)
             tested = runner.test(module, datamodule=data, verbose=False)
             runner.fit(self.twin, datamodule=data)
+            self._steppers = {"AltMin": _in_words(trainer.optimizers), "backprop": _in_words(runner.optimizers)}
             twin_tested = runner.test(self.twin, datamodule=data, verbose=False)
         assert replay.clock is not None
         self.results = {
@@ -176,7 +181,8 @@ class CompareWithTwin(Callback):
         solver = module.core.weights
         # With forward inputs the weight step can be backprop by another route, and must not pass for anything else.
         forward = any(solver.inputs_of(stage) == "forward" for stage in module.core.coded.stages)
-        labels = {"AltMin": "AltMin (forward inputs)" if forward else "AltMin", "backprop": "backprop"}
+        names = {"AltMin": "AltMin (forward inputs)" if forward else "AltMin", "backprop": "backprop"}
+        labels = {who: f"{name}, {self._steppers[who]}" for who, name in names.items()}
         columns = list(self.results["AltMin"])
         rows = [["", *(column.replace("_", " ") for column in columns)]]
         for who, row in self.results.items():
@@ -212,12 +218,16 @@ class _Twin(BackpropModule):
         mine = dict(zip(original.network.parameters(), network.parameters(), strict=True))
         self._layers = {s.name: [mine[p] for p in s.parameters() if p in mine] for s in original.core.coded.stages}
 
-    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """As the compared module clips, layer by layer."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        # Optimizers that undo the scaling of float16 themselves, such as fused Adam, are given scaled gradients.
+        undoes = getattr(optimizer, "_step_supports_amp_scaling", False)
+        scale = 1.0 if scaler is None or not undoes else scaler.get_scale()
         for name, parameters in self._layers.items():
             bound = self._clip.get(name) if isinstance(self._clip, dict) else self._clip
             if bound is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, bound)
+                torch.nn.utils.clip_grad_norm_(parameters, bound * scale)
 
     def unpack(self, batch: Any) -> tuple[Tensor, Any]:
         return self._unpack(batch)
@@ -259,6 +269,25 @@ def _make_twin(module: AltMinModule, weights: Mapping[str, Tensor], optimizer: O
     network.zero_grad()
     network.load_state_dict(weights)
     return _Twin(module, network, optimizer)
+
+
+def _optimizer_of(module: AltMinModule) -> OptimizerFactory:
+    solver = module.core.weights
+    # Not of its subclasses, whose optimizers may do more than follow gradients.
+    own = solver.common_factory if type(solver) is LocalGradient else None
+    return adam if own is None else own
+
+
+def _in_words(optimizers: Sequence[Optimizer]) -> str:
+    """Kinds of optimizers and the rates they began with."""
+    (optimizer,) = optimizers
+    children = getattr(optimizer, "children", {"": optimizer}).values()
+    kinds = dict.fromkeys(
+        f"{type(child).__name__} {float(group.get('initial_lr', group['lr'])):g}"
+        for child in children
+        for group in child.param_groups
+    )
+    return " and ".join(kinds)
 
 
 def _small_trainer(trainer: Trainer, accumulate: int, replay: Callback) -> Trainer:

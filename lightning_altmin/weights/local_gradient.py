@@ -95,6 +95,11 @@ class LocalGradient(WeightSolver):
         return LayerwiseOptimizer(children)
 
     @property
+    def common_factory(self) -> OptimizerFactory | None:
+        """The factory of the one optimizer of all stages, ``None`` if stages have different ones."""
+        return None if isinstance(self._factory, Mapping) else self._factory
+
+    @property
     def uses_up(self) -> bool:  # type: ignore[override]
         """A subclass with `gradients` of its own may read the problem afterwards."""
         return type(self).gradients is LocalGradient.gradients

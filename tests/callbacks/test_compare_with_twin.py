@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -132,16 +133,50 @@ def test_both_results_are_the_test_set_s(tmp_path: Path) -> None:
 
 def test_one_clear_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Would catch a table that lacks a row or column, or does not show the results."""
-    twins = CompareWithTwin()
+    twins = CompareWithTwin(functools.partial(torch.optim.Adam, lr=0.002))
     trainer(tmp_path, [twins]).fit(module(), datamodule=RandomData())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip() and set(line) != {"-"}]
     assert lines[0].split() == ["test", "acc", "test", "loss", "training", "seconds", "parameters"]
-    for line, who in zip(lines[1:], ("AltMin", "backprop"), strict=True):
-        name, accuracy, loss, seconds, parameters = line.split()
+    for line, (who, optimizer) in zip(lines[1:], (("AltMin", "SGD 0.1"), ("backprop", "Adam 0.002")), strict=True):
+        *name, accuracy, loss, seconds, parameters = line.split()
         result = twins.results[who]
-        assert name == who
+        assert " ".join(name) == f"{who}, {optimizer}"
         assert (float(accuracy), float(loss)) == (round(result["test_acc"], 4), round(result["test_loss"], 4))
         assert (float(seconds), int(parameters)) == (round(result["training seconds"], 1), result["parameters"])
+
+
+def test_the_twin_has_the_optimizer_of_the_compared_run(tmp_path: Path) -> None:
+    """Would catch optimizers and rates being compared under the names of the methods."""
+    twins = CompareWithTwin()
+    model = backprop_in_disguise()  # whose optimizer is `sgd`
+    trainer(tmp_path, [twins]).fit(model, datamodule=RandomData())
+    assert twins.twin is not None
+    theirs = twins.twin.network.state_dict()
+    for name, value in model.network.state_dict().items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bound_is_that_of_gradients_without_the_scale_of_float16(tmp_path: Path, fused: bool) -> None:
+    """Would catch a twin whose gradients are cut to nothing because they are multiplied by the scale when the bound is
+    applied: fused Adam undoes the scaling after that, other optimizers before.
+    """
+    twins = CompareWithTwin(sgd)
+    runner = trainer(tmp_path, [twins])
+    runner.fit(module(gradient_clip_norm=0.5), datamodule=RandomData())
+    twin = twins.twin
+    assert twin is not None
+    twin.trainer.precision_plugin.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # type: ignore[attr-defined]
+    scale = 1024.0 if fused else 1.0
+    wanted = {}
+    for parameters in twin._layers.values():
+        norm = sum(float(torch.ones_like(p).square().sum()) for p in parameters) ** 0.5
+        for p in parameters:
+            p.grad = torch.full_like(p, scale)
+            wanted[p] = scale * torch.ones_like(p) * min(1.0, 0.5 / norm)
+    twin.configure_gradient_clipping(torch.optim.Adam(twin.network.parameters(), fused=fused))
+    for p, gradient in wanted.items():
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=0)
 
 
 def test_forward_inputs_are_named_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
