@@ -240,7 +240,7 @@ class AltMin(nn.Module):
         gradients, bad = self.differentiate(step, inner) if step.solved is None else step.solved
         gradients, bad = self.processes.share(self, step, gradients, bad, first=inner == 0)
         assert step.buffers is not None
-        admitted = self.guard.admit(step.number, gradients, bad, step.buffers)
+        admitted = self.guard.admit(step.number, inner, gradients, bad, step.buffers)
         for parameter, gradient in admitted:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return bool(admitted) or not gradients

@@ -114,11 +114,12 @@ class Guard(ABC):
         self._skipped_before = old.skipped
 
     @abstractmethod
-    def admit(self, batch: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
+    def admit(self, batch: int, inner: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
         """Take a batch's gradients, or refuse them; returns those that may be used.
 
         Args:
-            batch: Number of the batch, counted from 0, for the error.
+            batch: Number of the batch, counted from 0 since a run began, for the error.
+            inner: Number of weight steps already taken on it: a batch is judged at each, and counts once.
             gradients: Every trainable parameter with its gradient.
             bad: The verdict, as `is_bad` finds it.
             buffers: Buffers as they were before the batch, put back if it is bad.
@@ -162,17 +163,17 @@ class ImmediateGuard(Guard):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
         self._skipped = 0
-        self._last_skipped: int | None = None
+        self._is_counted = False  # the batch that is being judged
 
-    def admit(self, batch: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
+    def admit(self, batch: int, inner: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
+        self._is_counted = self._is_counted and inner > 0
         if not bool(bad):
             return gradients
         buffers.restore()
         if self.policy == "raise":
             raise self.error(batch)
-        if batch != self._last_skipped:  # a batch with several weight steps is judged at each of them
-            self._skipped += 1
-        self._last_skipped = batch
+        self._skipped += not self._is_counted
+        self._is_counted = True
         return []
 
     @contextmanager
@@ -195,19 +196,17 @@ class DeferredGuard(Guard):
         self._bad: Tensor | None = None  # this batch (skip) or any batch so far (raise)
         self._count: Tensor | None = None
         self._first: Tensor | None = None
-        self._batch: int | None = None  # judged last, with its verdict alone
-        self._batch_bad: Tensor | None = None
+        self._batch_bad: Tensor | None = None  # the verdict on the batch judged last alone
         self._stateless = False  # an optimizer that has stepped and made no state
 
-    def admit(self, batch: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
+    def admit(self, batch: int, inner: int, gradients: Gradients, bad: Tensor, buffers: Buffers) -> Gradients:
         if self._count is None or self._first is None:
             self._count = torch.zeros((), dtype=torch.long, device=bad.device)
             self._first = torch.full((), -1, dtype=torch.long, device=bad.device)
-        known = self._batch_bad if batch == self._batch and self._batch_bad is not None else torch.zeros_like(bad)
+        known = self._batch_bad if inner > 0 and self._batch_bad is not None else torch.zeros_like(bad)
         self._first = torch.where((self._first < 0) & bad, batch, self._first)
-        self._count = self._count + (bad & ~known)  # a batch with several weight steps is judged at each of them
-        self._batch, self._batch_bad = batch, bad | known
-        bad = self._batch_bad
+        self._count = self._count + (bad & ~known)
+        bad = self._batch_bad = bad | known
         if self.policy == "raise" and self._bad is not None:
             bad = bad | self._bad  # steps are no-ops from the first bad batch until the error is raised
         self._bad = bad
@@ -257,7 +256,7 @@ class DeferredGuard(Guard):
     def check(self) -> None:
         if self.policy == "raise" and self._first is not None and (first := int(self._first)) >= 0:
             # Reported; whoever catches the error may go on, and count batches from 0 again.
-            self._bad = self._count = self._first = self._batch = self._batch_bad = None
+            self._bad = self._count = self._first = self._batch_bad = None
             raise self.error(first)
 
     @property

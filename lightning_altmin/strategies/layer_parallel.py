@@ -193,7 +193,7 @@ class LayerParallel:
         bad = is_bad(gradients, evidence)
         bad = self._agree(step, bad)
         assert step.buffers is not None
-        admitted = core.guard.admit(step.number, gradients, bad, step.buffers)
+        admitted = core.guard.admit(step.number, 0, gradients, bad, step.buffers)
         for parameter, gradient in admitted:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return bool(admitted) or not gradients

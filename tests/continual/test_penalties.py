@@ -18,7 +18,7 @@ from lightning_altmin.continual import (
     SynapticIntelligence,
     TaskStreamDataModule,
 )
-from lightning_altmin.weights import LocalGradient
+from lightning_altmin.weights import CoactivationMemory, LayerwiseWeights, LocalGradient
 from tests.continual.problems import backprop, blob_data, blob_stream, fit, small_network
 from tests.continual.recording import SaveAt, state_of
 from tests.module.interruption import assert_equal
@@ -198,7 +198,9 @@ def test_a_strong_penalty_holds_the_weights() -> None:
 
 
 def test_penalty_errors() -> None:
-    """Catches settings that cannot be meant, and weight steps that a penalty would not see."""
+    """Catches settings that cannot be meant, weight steps that a penalty would not see, and solved weights, where what
+    it adds to is no gradient.
+    """
     for kind, arguments in (
         (OnlineEWC, {"strength": -1.0}),
         (OnlineEWC, {"gamma": 1.5}),
@@ -212,3 +214,7 @@ def test_penalty_errors() -> None:
     module = AltMinModule(small_network(), weights=LocalGradient(steps=2))
     with pytest.raises(MisconfigurationException, match="several weight steps"):
         fit(module, blob_data(), OnlineEWC())
+    output = LayerwiseWeights({"output": CoactivationMemory("solve"), "default": LocalGradient()})
+    for solver, name in ((CoactivationMemory("solve"), "CoactivationMemory"), (output, "LayerwiseWeights")):
+        with pytest.raises(MisconfigurationException, match=f"OnlineEWC adds to gradients, but {name} solves"):
+            fit(AltMinModule(small_network(), weights=solver), blob_data(), OnlineEWC())

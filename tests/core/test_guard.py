@@ -49,7 +49,7 @@ def guard_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def judged(guard: Guard, batch: int, gradients: Gradients) -> Gradients:
     """The gradients that the guard admits."""
-    return guard.admit(batch, gradients, is_bad(gradients, [torch.tensor(0.5)]), Buffers([]))
+    return guard.admit(batch, 0, gradients, is_bad(gradients, [torch.tensor(0.5)]), Buffers([]))
 
 
 def make(nonfinite: Any, optimizer: Any = OPTIMIZERS["adam"], steps: int = 1) -> AltMin:
@@ -164,6 +164,24 @@ def test_a_run_that_begins_anew_after_the_error_trains(guard_type: type[Guard]) 
     before = snapshot(core)
     core.step(x, y)
     core.guard.check()
+    with pytest.raises(AssertionError):
+        assert_bit_equal(snapshot(core), before)
+
+
+def test_batches_of_one_number_are_told_apart(guard_type: type[Guard]) -> None:
+    """Catches a run whose first batch is taken for that of the run before, as every run counts from 0: a bad one is
+    not counted, and a good one is left out.
+    """
+    core = make("skip", lambda p: SGD(p, lr=0.1))
+    x, y = batches(1)[0]
+    for _ in range(3):
+        core.batches_seen = 0
+        core.step(spoilt(x, float("nan")), y)
+    assert core.guard.skipped == 3
+    core.batches_seen = 0
+    before = snapshot(core)
+    core.step(x, y)
+    assert core.guard.skipped == 3
     with pytest.raises(AssertionError):
         assert_bit_equal(snapshot(core), before)
 

@@ -13,6 +13,7 @@ from lightning_altmin.arguments import check_number
 from lightning_altmin.continual.callbacks.stream_access import (
     refuse_layer_parallelism,
     refuse_several_weight_steps,
+    refuse_solved_weights,
     stream_data,
 )
 
@@ -50,6 +51,7 @@ class QuadraticPenalty(Callback):
         refuse_layer_parallelism(trainer, self)
         stream_data(trainer, self)
         refuse_several_weight_steps(pl_module, self)
+        refuse_solved_weights(pl_module, self)
         self.importance, self.anchor = {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

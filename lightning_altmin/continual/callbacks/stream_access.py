@@ -72,6 +72,21 @@ def refuse_several_weight_steps(pl_module: LightningModule, callback: Callback) 
         )
 
 
+def refuse_solved_weights(pl_module: LightningModule, callback: Callback) -> None:
+    """For a callback that adds to gradients.
+
+    Raises:
+        MisconfigurationException: If the module solves for weights: what stands in ``.grad`` then is no gradient.
+    """
+    core = getattr(pl_module, "core", None)
+    if isinstance(core, AltMin) and core.weights.sets_weights:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} adds to gradients, but {type(core.weights).__name__} solves for the weights of "
+            "some layers, which follow no gradient: use LocalGradient(), or forgetting of the memory's own "
+            "(MemoryPolicy)"
+        )
+
+
 def inputs_and_labels(pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
     """A batch's inputs and labels, through the module's own ``unpack`` if it has one."""
     unpack = getattr(pl_module, "unpack", None)
