@@ -76,7 +76,7 @@ def studies(rows: list[Row]) -> str:
     for suite, setting in sorted({(r.suite, r.setting) for r in rows if r.phase == "study"}):
         studied = [r for r in rows if (r.suite, r.phase, r.setting) == (suite, "study", setting)]
         at = {mark: [100 * r.accuracy for r in studied if r.batches == mark] for mark in SUITES[suite].marks}
-        cells = [f"{mark}: {interval(values)}" for mark, values in at.items()]
+        cells = [f"{mark}: {interval(values) if any(values) else 'diverged'}" for mark, values in at.items()]
         seeds = len({r.seed for r in studied})
         lines.append((suite, setting or "default", seeds, "; ".join(cells)))
     return markdown(("network", "setting", "seeds", "accuracy % after batches"), lines)

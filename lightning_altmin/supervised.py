@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 from lightning_altmin.arguments import check_count
 from lightning_altmin.losses import local_loss
 from lightning_altmin.metrics import Metrics, metric_collection
-from lightning_altmin.trainer.checkpoint_files import check_checkpoints, damage_named
+from lightning_altmin.trainer.checkpoint_files import check_checkpoints, damage_named, refuse_other_model
 from lightning_altmin.trainer.exact_resume import ExactResume
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img")
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 _SETTINGS = "lightning_altmin_settings"
 _WATCHED = "lightning_altmin_watched_value"
+_LOSS = "lightning_altmin_training_loss"  # of the batches since the last log point
 
 
 class SupervisedModule(ExactResume):
@@ -59,7 +60,7 @@ class SupervisedModule(ExactResume):
         collection = metric_collection(metrics, loss)
         self.val_metrics = collection.clone(prefix="val_")
         self.test_metrics = collection.clone(prefix="test_")
-        self._further = nn.ModuleDict({"val": nn.ModuleList(), "test": nn.ModuleList()})  # of loaders after the first
+        self._further = _no_metrics()  # of the loaders after the first of a run
         self._scheduler_factory = lr_scheduler
         self._lr_interval = lr_interval
         self._lr_frequency = lr_frequency
@@ -211,7 +212,7 @@ class SupervisedModule(ExactResume):
             counted = value.isfinite()
             value = value.where(counted, 0.0)
         # A copy: a CUDA graph writes the next batch's loss to the same place.
-        self._loss_sum = value.clone() if self._loss_sum is None else self._loss_sum + value
+        self._loss_sum = value.clone() if self._loss_sum is None else self._loss_sum.to(value.device) + value
         self._loss_count = self._loss_count + counted
         if self.at_log_point:
             self.log("train_loss", self._loss_sum / self._loss_count, prog_bar=True, batch_size=1)
@@ -264,6 +265,7 @@ class SupervisedModule(ExactResume):
     def setup(self, stage: str) -> None:
         """From here on a damaged checkpoint, or a disk that is full, is an error in plain words."""
         check_checkpoints(self.trainer)
+        self._further = _no_metrics()
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # noqa: N805
@@ -278,9 +280,9 @@ class SupervisedModule(ExactResume):
     def on_fit_start(self) -> None:
         """Forget what belongs to an earlier run."""
         super().on_fit_start()
-        self._loss_sum, self._loss_count = None, 0
         if not self.resuming:
             self._watched_epoch, self._watched = None, None
+            self._loss_sum, self._loss_count = None, 0
 
     def on_train_epoch_end(self) -> None:
         """Step a schedule that watches a value of the epoch, before a checkpoint of the epoch is written."""
@@ -307,19 +309,20 @@ class SupervisedModule(ExactResume):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the random state, the settings a checkpoint is compared by, and the value a schedule watches."""
+        """Add the random state, settings to compare, the value a schedule watches, and the loss since a log point."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_SETTINGS] = self.settings()
         watched = self.trainer.callback_metrics.get(str(self._lr_monitor))
+        if self._loss_sum is not None:
+            checkpoint[_LOSS] = (self._loss_sum.cpu(), int(self._loss_count))
         checkpoint[_WATCHED] = (self._watched_epoch, None if watched is None else float(watched))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, before anything is loaded.
+        """Refuse a checkpoint of other settings, before anything is loaded.
 
         Raises:
-            ValueError: If parameters or buffers differ in name or shape, or a setting differs.
+            ValueError: If a setting differs.
         """
-        self._refuse_other_model(checkpoint["state_dict"])
         for name, saved in checkpoint.get(_SETTINGS, {}).items():
             here = self.settings().get(name)
             if here != saved:
@@ -329,21 +332,21 @@ class SupervisedModule(ExactResume):
                 )
         super().on_load_checkpoint(checkpoint)
         self._watched_epoch, self._watched = checkpoint.get(_WATCHED, (None, None))
+        self._loss_sum, self._loss_count = checkpoint.get(_LOSS, (None, 0))
 
-    def _refuse_other_model(self, saved: Mapping[str, Tensor]) -> None:
-        here = self.state_dict()
-        missing, unexpected = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
-        reshaped = [
-            f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(here[name].shape)} here"
-            for name in here.keys() & saved.keys()
-            if isinstance(saved[name], Tensor) and isinstance(here[name], Tensor)
-            if saved[name].shape != here[name].shape
-        ]
-        if missing or unexpected or reshaped:
-            raise ValueError(
-                "the checkpoint belongs to another network: "
-                f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}, shapes {reshaped or 'equal'}"
-            )
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's.
+
+        Raises:
+            ValueError: If ``strict``, and parameters or buffers differ in name or shape: before any is changed.
+        """
+        if strict:
+            refuse_other_model(self.state_dict(), state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def _no_metrics() -> nn.ModuleDict:
+    return nn.ModuleDict({"val": nn.ModuleList(), "test": nn.ModuleList()})
 
 
 def has_no_targets(batch: Any) -> bool:

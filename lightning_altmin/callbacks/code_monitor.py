@@ -16,6 +16,7 @@ from lightning_altmin.arguments import check_number
 from lightning_altmin.callbacks.altmin_access import altmin_module, refuse_dealt_out
 from lightning_altmin.callbacks.dead_units import alive_units
 from lightning_altmin.callbacks.layer_watch import LayerWatch
+from lightning_altmin.module import AltMinModule
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import ReferenceObjective
 from lightning_altmin.step import Step
@@ -69,6 +70,7 @@ class CodeMonitor(LayerWatch):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for the codes of this batch, if it is to be measured."""
         module = altmin_module(pl_module, self)
+        self._take_back(module)  # where somebody left the batch before out, after it had been asked for
         self._before = copy.deepcopy(module.core.coded) if self.is_due(trainer) else None
         # Who asked takes the request back; somebody else, or the user, may want the codes of every batch.
         self._asked = self._before is not None and not module.keep_codes
@@ -86,8 +88,7 @@ class CodeMonitor(LayerWatch):
         if self._before is None:
             return
         module = altmin_module(pl_module, self)
-        if self._asked:
-            module.keep_codes = self._asked = False
+        self._take_back(module)
         if not (isinstance(outputs, dict) and isinstance(outputs.get("step"), Step)):
             raise MisconfigurationException(
                 f"{type(module).__name__}.training_step must return {{'loss': step.loss, 'step': step}} while "
@@ -98,9 +99,12 @@ class CodeMonitor(LayerWatch):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the request back: the batch that was to be measured has failed."""
+        self._take_back(altmin_module(pl_module, self))
+        self._before = None
+
+    def _take_back(self, module: AltMinModule) -> None:
         if self._asked:
-            altmin_module(pl_module, self).keep_codes = False
-        self._before, self._asked = None, False
+            module.keep_codes = self._asked = False
 
     @torch.no_grad()
     def _measure(self, core: AltMin, before: CodedNetwork, step: Step) -> dict[str, Tensor]:

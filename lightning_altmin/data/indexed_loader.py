@@ -141,7 +141,8 @@ def check_shares(samples: int, batch_size: int, world: int, drop_last: bool) -> 
     if rest < world and (rest > 0 or samples == 0) and not drop_last:
         raise ValueError(
             f"the last batch would have {rest} samples for {world} processes, and each needs at least one "
-            f"({samples} samples, batch_size={batch_size} per process): use drop_last=True or another batch_size"
+            f"({samples} samples, batch_size={batch_size} per process): use another batch_size (eval_batch_size for "
+            "validation and test data), or drop_last=True for training data"
         )
     if drop_last and samples < world * batch_size:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
+from torch import Tensor
 
 
 class CheckpointError(RuntimeError):
@@ -137,3 +138,24 @@ def _damaged(file: Path, reason: str) -> CheckpointError:
         f"the checkpoint {str(file)!r} ({file.stat().st_size} bytes) is cut off or damaged: {reason}. Nothing of it "
         "was loaded. Copy it again if it is a copy, or go on from an earlier checkpoint with ckpt_path"
     )
+
+
+def refuse_other_model(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Compare the state of a module with one that it is to be given.
+
+    Raises:
+        ValueError: If names or shapes differ.
+    """
+    missing, unexpected = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
+    reshaped = [
+        f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(here[name].shape)} here"
+        for name in here.keys() & saved.keys()
+        if isinstance(saved[name], Tensor) and isinstance(here[name], Tensor)
+        if saved[name].shape != here[name].shape
+    ]
+    if missing or unexpected or reshaped:
+        raise ValueError(
+            "the checkpoint belongs to another network: "
+            f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}, shapes {reshaped or 'equal'}. "
+            "Build the same network; with strict=False names may be missing or left over, shapes may not differ"
+        )

@@ -112,20 +112,21 @@ class CoactivationMemory(WeightSolver):
             raise ValueError(f"inputs must be 'moved' or 'forward', got {inputs!r}")
         if not callable(optimizer):
             raise TypeError(f"optimizer must be a function of parameters, got {optimizer!r}")
-        self._form = _form(
-            form,
-            solver=solver,
-            ridge=ridge,
-            forgetting=forgetting,
-            step=step,
-            limit=limit,
-            positions=positions,
-            rank=rank,
-            every=every,
-            lambda_w=lambda_w or None,
-            window=window,
-            storage=storage,
-        )
+        settings = {
+            "solver": solver,
+            "ridge": ridge,
+            "forgetting": forgetting,
+            "step": step,
+            "limit": limit,
+            "positions": positions,
+            "rank": rank,
+            "every": every,
+            "lambda_w": lambda_w or None,
+            "window": window,
+            "storage": storage,
+        }
+        self._form = _form(form, **settings)
+        self._given = {name: value for name, value in (settings | {"inputs": inputs}).items() if value is not None}
         self.form = form
         self.every = every
         self.forgetting = self._form.forgetting
@@ -311,7 +312,7 @@ class CoactivationMemory(WeightSolver):
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def extra_repr(self) -> str:
-        return f"form={self.form!r}, forgetting={self.forgetting:g}, every={self.every}"
+        return ", ".join(f"{name}={value!r}" for name, value in ({"form": self.form} | self._given).items())
 
     def _remember(self, stages: Sequence[Stage]) -> None:
         """Make a memory for each trained layer, once; the optimizer may be asked for again.

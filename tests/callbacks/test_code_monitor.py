@@ -284,6 +284,22 @@ def test_steps_of_an_adaptive_stop_are_logged(tmp_path: Path) -> None:
         assert row.get("codes/2/steps") == expected
 
 
+def test_a_batch_that_is_left_out_takes_the_request_for_codes_with_it(tmp_path: Path) -> None:
+    """Catches codes kept in every batch from there on because the module ended the epoch at a batch to be measured."""
+    kept: list[bool] = []
+
+    class EndsEpoch(AltMinModule):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if self.current_epoch == 0 and batch_idx == 2 else None
+
+    monitor, probe = CodeMonitor(3), Probe(lambda t, m, outputs, b: kept.append("step" in outputs))
+    model = EndsEpoch(network())
+    trainer(tmp_path, [monitor, probe], max_epochs=2).fit(model, datamodule=RandomData())
+    assert len(kept) == 2 + 6
+    assert sum(kept) == len(monitor.history) > 0
+    assert not model.keep_codes
+
+
 def test_a_batch_that_fails_takes_the_request_for_codes_with_it(tmp_path: Path) -> None:
     """Catches codes kept in every batch of all later runs because one batch that was to be measured has failed."""
     data, model = RandomData(N, N, shuffle=False), module(network=relu_network())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_altmin import AltMin, LocalGradient
+from lightning_altmin import AltMin, CoactivationMemory, LocalGradient
 from lightning_altmin.processes import Processes
 from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import join_gloo, launch
@@ -64,13 +64,17 @@ def core(processes: Processes, lr: float = 0.1, **settings: Any) -> AltMin:
     torch.manual_seed(0)
     weights = LocalGradient(functools.partial(torch.optim.SGD, lr=lr))
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES))
-    return AltMin(network, weights=weights, processes=processes, **({"loss": nn.CrossEntropyLoss()} | settings))
+    return AltMin(network, processes=processes, **({"loss": nn.CrossEntropyLoss(), "weights": weights} | settings))
 
 
 DIFFERENT: dict[str, tuple[Any, str]] = {
     "rate": (lambda rank: core(DataParallel(), lr=0.1 + rank), r"optimizer: .*'lr': 0\.1.*'lr': 1\.1"),
     "loss": (lambda rank: core(DataParallel(), loss=[nn.CrossEntropyLoss(), nn.MultiMarginLoss()][rank]), "loss"),
     "policy": (lambda rank: core(DataParallel(), nonfinite=["raise", "skip"][rank]), "nonfinite"),
+    "memory": (
+        lambda rank: core(DataParallel(), weights=CoactivationMemory(ridge=0.1 + rank)),
+        "weights: .*ridge=0.1.*ridge=1.1",
+    ),
     "clip": (lambda rank: core(DataParallel(settings=f"gradient_clip_norm={rank}")), "settings: .*norm=0.*norm=1"),
 }
 

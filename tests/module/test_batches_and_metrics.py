@@ -212,6 +212,11 @@ def test_a_checkpoint_is_loaded_with_its_network(kind: Any, tmp_path: Path) -> N
     torch.testing.assert_close(again.network.state_dict(), module.network.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"belongs to another network.*network\.4\.weight"):
         kind.load_from_checkpoint(tmp_path / "a.ckpt", network=network(outputs=7))
+    normed = nn.Sequential(*network(seed=5), nn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match="not in the checkpoint"):
+        grown = kind.load_from_checkpoint(tmp_path / "a.ckpt", network=normed, strict=False)
+    for name, value in module.network.state_dict().items():
+        assert torch.equal(grown.network.state_dict()[name], value)
     with pytest.raises(ValueError, match="trained with loss="):
         kind.load_from_checkpoint(tmp_path / "a.ckpt", network=network(), loss=nn.CrossEntropyLoss(label_smoothing=0.1))
 

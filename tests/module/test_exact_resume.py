@@ -26,8 +26,8 @@ from lightning_altmin import (
 )
 from lightning_altmin.nn import ElmanRNN, Sign
 from lightning_altmin.random_state import random_state, set_random_state
-from tests.module.interruption import assert_equal, assert_resumes, final_state
-from tests.module.problems import CLASSES, FEATURES, loader, network, residual, samples, trainer
+from tests.module.interruption import SaveAt, assert_equal, assert_resumes, final_state
+from tests.module.problems import CLASSES, FEATURES, Record, loader, network, residual, samples, trainer
 
 BATCHES = 5
 EPOCHS = {"max_epochs": 3}
@@ -339,3 +339,17 @@ def test_epochs_of_a_single_batch(tmp_path: Path) -> None:
     make_data = lambda: {"train_dataloaders": DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)}  # noqa: E731
     for hook in ("on_train_epoch_end", "on_train_batch_end"):
         assert_resumes(altmin, make_data, hook, 1, tmp_path / "saved.ckpt", **EPOCHS)
+
+
+@pytest.mark.parametrize("kind", [AltMinModule, BackpropModule])
+def test_the_training_loss_goes_on_between_log_points(kind: Any, tmp_path: Path) -> None:
+    """Catches batches before the interruption that the first mean after it leaves out: a run watches its loss."""
+    whole, rest, path = Record(), Record(), tmp_path / "a.ckpt"
+    for logger, callbacks, ckpt in ((whole, [SaveAt("on_train_batch_end", 6, path)], None), (rest, [], path)):
+        seed_everything(1, verbose=False)
+        flags = {"callbacks": callbacks, "enable_checkpointing": bool(callbacks), "log_every_n_steps": 4}
+        fit = trainer(logger=logger, **EPOCHS, **flags)
+        fit.fit(kind(network()), StatefulLoader(), ckpt_path=ckpt, weights_only=True if ckpt else None)
+    losses = whole.values("train_loss")
+    assert [step for step, _ in losses] == [3, 7, 11]
+    assert rest.values("train_loss") == losses[1:]
