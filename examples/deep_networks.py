@@ -8,8 +8,8 @@ Hidden layers of 100 units, batch 200. Weights begin as PyTorch's default has th
 so, orthogonal with the activation's gain and without biases, for all methods alike. 50,000 images train, 10,000
 validate after every epoch, and the test set is asked once, at the end. docs/deep.md says how settings were found, and
 at which rates backprop was tuned: `--tune` tries `RATES` with seed 0 for the method "backprop, Adam, tuned", which
-has the best by validation accuracy at the end. Rows are appended to docs/results/deep_networks.csv as runs end, and a run that has
-rows is not repeated.
+has the best by validation accuracy at the end. Rows are appended to docs/results/deep_networks.csv as runs end, and a
+run that has rows is not repeated.
 """
 
 from __future__ import annotations
