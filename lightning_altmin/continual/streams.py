@@ -75,11 +75,10 @@ def split_classes(
     for index, group in enumerate(groups):
         parts = {part: _of_classes(data, group) for part, data in (("train", samples), ("test", tests))}
         _check_present(index, group, parts)
-        classes = tuple(group)
         if labels == "local":
             local = {label: place for place, label in enumerate(group)}
             parts = {part: data.with_labels(local) for part, data in parts.items()}
-            classes = tuple(range(len(group)))
+        classes = tuple(group) if labels == "global" else tuple(range(len(group)))
         described = f"classes {', '.join(map(str, group))}"
         tasks.append(_task(index, parts["train"], parts["test"], val_split, seed, classes, described))
     stray = sorted(set(tests.classes) - set(samples.classes))

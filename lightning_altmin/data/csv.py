@@ -70,23 +70,6 @@ class CSVDataModule(ResumableDataModule):
         count_rows: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("chunk_rows", chunk_rows),
-        ):
-            check_count(name, value)
-        for name, value in (("val_rows", val_rows), ("test_rows", test_rows), ("shuffle_buffer", shuffle_buffer)):
-            check_count(name, value, 0)
-        if num_classes is not None:
-            check_count("num_classes", num_classes, 2, otherwise="None for a real-valued target")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        if not count_rows and (val_rows or test_rows):
-            raise ValueError(
-                f"val_rows={val_rows} and test_rows={test_rows} are the last rows of the file, which takes "
-                "count_rows=True"
-            )
         self.path = Path(path)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -106,6 +89,28 @@ class CSVDataModule(ResumableDataModule):
         self.count_rows = count_rows
         self._opened: tuple[CSVFile, RowSchema] | None = None
         self._train_rows: int | None = None
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        counts = {
+            "batch_size": 1,
+            "eval_batch_size": 1,
+            "chunk_rows": 1,
+            "val_rows": 0,
+            "test_rows": 0,
+            "shuffle_buffer": 0,
+        }
+        for name, least in counts.items():
+            check_count(name, getattr(self, name), least)
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes, 2, otherwise="None for a real-valued target")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if not self.count_rows and (self.val_rows or self.test_rows):
+            raise ValueError(
+                f"val_rows={self.val_rows} and test_rows={self.test_rows} are the last rows of the file, which takes "
+                "count_rows=True"
+            )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
