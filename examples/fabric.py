@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_altmin import AltMin
 from lightning_altmin.nn import MLP
+from lightning_altmin.parallel import DataParallel
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies import DataParallel
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_altmin import AltMin
 from lightning_altmin.data import TensorLoader
 from lightning_altmin.nn import MLP
-from lightning_altmin.strategies import LayerParallel
+from lightning_altmin.parallel import LayerParallel
 
 
 def main() -> None:

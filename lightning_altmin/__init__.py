@@ -18,6 +18,7 @@ from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.recurrent import CodedRecurrentNetwork
 from lightning_altmin.sequence_classifier import SequenceClassifier
 from lightning_altmin.step import Step
+from lightning_altmin.strategies import LayerParallelStrategy
 from lightning_altmin.weights import (
     CoactivationMemory,
     LayerwiseWeights,
@@ -38,6 +39,7 @@ __all__ = [
     "CurvatureCodes",
     "DiscreteCodes",
     "GradientCodes",
+    "LayerParallelStrategy",
     "LayerwiseWeights",
     "LeastSquaresCodes",
     "LineSearchCodes",

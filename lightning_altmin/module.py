@@ -25,21 +25,18 @@ from lightning_altmin.metrics import Metrics
 from lightning_altmin.network import CodedNetwork
 from lightning_altmin.objective import AltMinObjective
 from lightning_altmin.optim import clip_per_group, equal_groups_merged
+from lightning_altmin.parallel import LayerParallel
 from lightning_altmin.step import Step
-from lightning_altmin.strategies import (
-    LayerParallel,
-    end_together_on_sigterm,
-    keep_modules,
-    processes_of,
-    refuse_strategy,
-)
 from lightning_altmin.supervised import SchedulerFactory, SupervisedModule
 from lightning_altmin.trainer.checks import (
     refuse_replaced,
     refuse_skipping_in_groups,
     refuse_unsupported,
 )
+from lightning_altmin.trainer.layer_sync import keep_modules
 from lightning_altmin.trainer.loss_scaling import without_loss_scaling
+from lightning_altmin.trainer.sharing import processes_of, refuse_strategy
+from lightning_altmin.trainer.sigterm import end_together_on_sigterm
 from lightning_altmin.weights import LocalGradient, WeightSolver
 from lightning_altmin.weights.local_gradient import OptimizerFactory
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_altmin import AltMin, CoactivationMemory, CurvatureCodes, WeightSolver
 from lightning_altmin.nn import MLP, ConvNet, LeNet5
-from lightning_altmin.strategies import DataParallel
+from lightning_altmin.parallel import DataParallel
 
 COLUMNS = ("network", "parameters", "method", "collectives_per_batch", "bytes_per_batch", "bytes_per_parameter")
 COLLECTIVES = ("all_reduce", "broadcast", "barrier", "all_gather", "all_gather_object", "reduce", "send", "isend")

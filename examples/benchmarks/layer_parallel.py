@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lightning_altmin import AltMin
 from lightning_altmin.nn import MLP
-from lightning_altmin.strategies import LayerParallel
+from lightning_altmin.parallel import LayerParallel
 
 COLUMNS = ["run", "processes", "micro_batches", "one_process_s", "layer_parallel_s", "speed_up"]
 COLUMNS += ["speed_up_of_fastest", "independent", "largest_share"]

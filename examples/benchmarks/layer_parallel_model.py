@@ -34,7 +34,7 @@ import torch.multiprocessing as mp
 from layer_parallel import batch, model
 from layer_parallel import row as benchmark_row
 
-from lightning_altmin.strategies.dealing import dealt_out, stage_costs
+from lightning_altmin.parallel.dealing import dealt_out, stage_costs
 
 
 @dataclass

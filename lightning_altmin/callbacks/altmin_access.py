@@ -8,7 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_altmin.altmin import AltMin
 from lightning_altmin.engines.batch_norm_state import batch_norms
 from lightning_altmin.module import AltMinModule
-from lightning_altmin.strategies import DataParallel, LayerParallelStrategy, processes_of, synchronises_batch_norm
+from lightning_altmin.parallel import DataParallel
+from lightning_altmin.strategies import LayerParallelStrategy
+from lightning_altmin.trainer.layer_sync import synchronises_batch_norm
+from lightning_altmin.trainer.sharing import processes_of
 
 
 def core_of(module: LightningModule, callback: Callback) -> AltMin:

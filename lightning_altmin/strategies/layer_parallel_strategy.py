@@ -22,10 +22,11 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_altmin.guard import NonFiniteError
+from lightning_altmin.module import AltMinModule
+from lightning_altmin.parallel.data_parallel import DataParallel
+from lightning_altmin.parallel.dealing import stage_costs
+from lightning_altmin.parallel.layer_parallel import LayerParallel
 from lightning_altmin.random_state import random_state, set_random_state
-from lightning_altmin.strategies.data_parallel import DataParallel
-from lightning_altmin.strategies.dealing import stage_costs
-from lightning_altmin.strategies.layer_parallel import LayerParallel
 
 _T = TypeVar("_T")
 
@@ -50,6 +51,9 @@ class LayerParallelStrategy(ParallelStrategy):
     Raises:
         MisconfigurationException: At the start of a run, if the module or a callback cannot work with it.
     """
+
+    deals_out_layers = True
+    """By this `AltMinModule`, which knows no strategy of ours, tells that it can be trained here."""
 
     def __init__(
         self,
@@ -151,20 +155,19 @@ class LayerParallelStrategy(ParallelStrategy):
         self.model.to(self.root_device)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        module: Any = model
-        if not hasattr(module, "dealt_out"):
+        if not isinstance(model, AltMinModule):
             raise MisconfigurationException(
                 f"strategy {type(self).__name__} deals out the layers of an AltMinModule, got {type(model).__name__}: "
                 "backprop has no independent layers; use strategy='ddp'"
             )
-        DataParallel().broadcast(module.core)
+        DataParallel().broadcast(model.core)
         set_random_state(self.broadcast(random_state()))  # whatever was seeded: all draw the same order of samples
         costs = self._costs
-        if costs is None and isinstance(module.example_input_array, Tensor):
-            costs = stage_costs(module.core, module.example_input_array.to(self.root_device))
-        self._layers = LayerParallel(module.core, self._micro_batches, costs)
-        module.dealt_out = self._layers
-        for metric in module.modules():
+        if costs is None and isinstance(model.example_input_array, Tensor):
+            costs = stage_costs(model.core, model.example_input_array.to(self.root_device))
+        self._layers = LayerParallel(model.core, self._micro_batches, costs)
+        model.dealt_out = self._layers
+        for metric in model.modules():
             if isinstance(metric, Metric):  # every process counts every sample: there is nothing to be summed
                 self._metrics.append((metric, metric.distributed_available_fn))
                 metric.distributed_available_fn = _not_distributed

@@ -24,8 +24,8 @@ from lightning_altmin import (
     SequenceClassifier,
 )
 from lightning_altmin.nn import ElmanRNN, aligned
+from lightning_altmin.parallel.cutting import refuse_uncuttable
 from lightning_altmin.recurrent import RecurrentStage
-from lightning_altmin.strategies.cutting import refuse_uncuttable
 
 F64 = torch.float64
 LENGTHS = [5, 1, 3, 5]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, CoactivationMemory, LocalGradient
+from lightning_altmin.parallel import DataParallel
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import join_gloo, launch
 from tests.distributed.problems import CLASSES, batches, part
 from tests.distributed.test_data_parallel import compare, train

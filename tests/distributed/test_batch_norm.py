@@ -21,8 +21,8 @@ from lightning_altmin import (
     LineSearchCodes,
     LocalGradient,
 )
+from lightning_altmin.parallel import DataParallel, ProcessLostError
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies import DataParallel, ProcessLostError
 from tests.distributed.gloo import join_gloo, launch
 from tests.distributed.problems import NORMED, OPTIMIZERS, batches, part
 from tests.distributed.test_data_parallel import WEIGHTED, compare, train

@@ -25,8 +25,8 @@ from lightning_altmin import (
 )
 from lightning_altmin.guard import NonFiniteError
 from lightning_altmin.nn import MLP, Sign
+from lightning_altmin.parallel import DataParallel
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import ProcessError, join_gloo, launch
 from tests.distributed.problems import CLASSES, NETWORKS, OPTIMIZERS, TOLERANCE, batches, mlp, part
 
@@ -292,7 +292,7 @@ def test_processes_that_differ_are_refused(name: str) -> None:
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches processes of two installations that would exchange what the other does not understand."""
-    import lightning_altmin.strategies.agreement as agreement
+    import lightning_altmin.parallel.agreement as agreement
 
     data = batches((6,), 8, 1, torch.float32)
 

@@ -19,7 +19,7 @@ from lightning_altmin import AltMinModule, CurvatureCodes, LocalGradient
 from lightning_altmin.baselines import BackpropModule
 from lightning_altmin.data import CSVDataModule, IndexedDataModule, Sources, TensorSource
 from lightning_altmin.guard import NonFiniteError
-from lightning_altmin.strategies.layer_sync import CoreLayerSync
+from lightning_altmin.trainer.layer_sync import CoreLayerSync
 from tests.distributed.gloo import launch
 from tests.distributed.problems import EVERY, NETWORKS, NORMED, OPTIMIZERS, TOLERANCE, batches, part
 

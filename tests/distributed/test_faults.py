@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_altmin import AltMinModule
-from lightning_altmin.strategies import ProcessLostError
+from lightning_altmin.parallel import ProcessLostError
 from lightning_altmin.trainer.checkpoint_files import CheckedCheckpoints, CheckpointError
 from tests.distributed.gloo import launch, start
 from tests.distributed.test_ddp import Drawn, compare, ddp, loader, module, parts, state, trainer, whole

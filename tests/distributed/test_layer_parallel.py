@@ -22,11 +22,11 @@ from lightning_altmin import (
 )
 from lightning_altmin.guard import NonFiniteError
 from lightning_altmin.nn import Sign
+from lightning_altmin.parallel import LayerParallel
+from lightning_altmin.parallel.cutting import cut, mark_of, refuse_uncuttable
+from lightning_altmin.parallel.dealing import Dealing, balanced
+from lightning_altmin.parallel.own_layers import OwnLayers
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies import LayerParallel
-from lightning_altmin.strategies.cutting import cut, mark_of, refuse_uncuttable
-from lightning_altmin.strategies.dealing import Dealing, balanced
-from lightning_altmin.strategies.own_layers import OwnLayers
 from tests.distributed.gloo import join_gloo, launch
 from tests.distributed.problems import CLASSES, NETWORKS, OPTIMIZERS, batches
 

@@ -25,8 +25,8 @@ from lightning_altmin import (
     LocalGradient,
     ProximalCodes,
 )
+from lightning_altmin.parallel import DataParallel
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import join_gloo, launch
 from tests.distributed.problems import NETWORKS, OPTIMIZERS, TOLERANCE, batches, part
 from tests.distributed.test_data_parallel import STEPS, compare, train

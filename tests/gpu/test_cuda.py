@@ -22,7 +22,7 @@ from lightning_altmin.baselines import ADMMModule, BCDModule
 from lightning_altmin.continual import SynapticIntelligence
 from lightning_altmin.guard import NonFiniteError
 from lightning_altmin.nn import MLP, ConvNet
-from lightning_altmin.strategies import DataParallel
+from lightning_altmin.parallel import DataParallel
 from tests.continual.problems import backprop, blob_data
 from tests.continual.problems import fit as fit_stream
 from tests.continual.recording import SaveAt

@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.tuner import Tuner
 
 from lightning_altmin import AltMinModule, CodedNetwork
-from lightning_altmin.strategies import refuse_strategy
 from lightning_altmin.trainer.checks import refuse_skipping_in_groups, refuse_unsupported
+from lightning_altmin.trainer.sharing import refuse_strategy
 from tests.module.problems import loader, network, trainer, weights
 
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -8,7 +8,7 @@ MUTANTS = (
     # ---- several processes, bad batches
     Mutant(
         "no all-reduce",
-        "strategies/data_parallel.py",
+        "parallel/data_parallel.py",
         "        dist.all_reduce(flat, group=self._group)\n",
         "",
         ("distributed/test_data_parallel.py::test_equals_one_process_in_single_precision",),
@@ -50,7 +50,7 @@ MUTANTS = (
     ),
     Mutant(
         "processes averaged without their numbers of samples",
-        "strategies/data_parallel.py",
+        "parallel/data_parallel.py",
         "        flat[:middle] *= samples\n",
         "        flat[:middle] *= flat[-2]\n        flat[-2] = 1.0\n",
         ("distributed/test_data_parallel.py::test_equals_one_process_in_double_precision",),
@@ -71,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "labels that were not looked at count as ignored, layers dealt out",
-        "strategies/layer_parallel.py",
+        "parallel/layer_parallel.py",
         "evidence += core.local_loss.evidence(step.output, step.given)",
         "pass",
         ("distributed/test_layer_parallel.py::test_labels_that_were_not_looked_at_spoil_the_batch",),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_altmin import AltMin, CoactivationMemory, GradientCodes
+from lightning_altmin.parallel import DataParallel
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies import DataParallel
 from tests.distributed.gloo import join_gloo, launch
 
 SETTINGS: list[dict[str, Any]] = [

@@ -14,10 +14,9 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+from lightning_altmin.parallel.data_parallel import DataParallel
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies.data_parallel import DataParallel
-from lightning_altmin.strategies.layer_parallel_strategy import LayerParallelStrategy
-from lightning_altmin.strategies.layer_sync import synchronises_batch_norm
+from lightning_altmin.trainer.layer_sync import synchronises_batch_norm
 
 _WHOLE = "the closed forms of a layer's local problem read and write its parameters whole, outside the layer's forward"
 _REASONS: dict[type[Any], str] = {
@@ -46,7 +45,8 @@ def refuse_strategy(trainer: Trainer) -> None:
     for kind, reason in _REASONS.items():
         if isinstance(strategy, kind):
             raise MisconfigurationException(f"strategy {name} cannot train an AltMinModule: {reason}; {_ADVICE}")
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | LayerParallelStrategy):
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or getattr(strategy, "deals_out_layers", False)
+    if not known:
         raise MisconfigurationException(
             f"strategy {name} is not known to AltMinModule, which has to average local gradients itself; {_ADVICE}"
         )

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_altmin.strategies.lost import lost_processes_named
+from lightning_altmin.parallel.lost import lost_processes_named
 
 _DIMENSIONS = 7  # a header holds at most as many
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)

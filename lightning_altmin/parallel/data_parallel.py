@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_altmin.engines import Gradients, SharedSamples
+from lightning_altmin.parallel.agreement import Signature, refuse_differences
+from lightning_altmin.parallel.lost import lost_processes_named
+from lightning_altmin.parallel.synchronised_samples import SynchronisedSamples
 from lightning_altmin.processes import Processes
-from lightning_altmin.strategies.agreement import Signature, refuse_differences
-from lightning_altmin.strategies.lost import lost_processes_named
-from lightning_altmin.strategies.synchronised_samples import SynchronisedSamples
 
 if TYPE_CHECKING:
     from lightning_altmin.altmin import AltMin

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_altmin.engines import SharedSamples
-from lightning_altmin.strategies.lost import lost_processes_named
+from lightning_altmin.parallel.lost import lost_processes_named
 
 
 class SynchronisedSamples(SharedSamples):

@@ -18,14 +18,14 @@ from lightning_altmin.engines import Gradients
 from lightning_altmin.guard import Buffers, is_bad
 from lightning_altmin.losses import LossAt
 from lightning_altmin.optim import clear_gradients, equal_groups_merged
+from lightning_altmin.parallel.agreement import Signature, refuse_differences
+from lightning_altmin.parallel.border import Border
+from lightning_altmin.parallel.cutting import cut, mark_of, refuse_batch_statistics, refuse_uncuttable
+from lightning_altmin.parallel.dealing import Dealing, dealt_out, stage_costs
+from lightning_altmin.parallel.lost import lost_processes_named
+from lightning_altmin.parallel.own_layers import OwnLayers, gathered_tensors
 from lightning_altmin.stage import Stage
 from lightning_altmin.step import Step
-from lightning_altmin.strategies.agreement import Signature, refuse_differences
-from lightning_altmin.strategies.border import Border
-from lightning_altmin.strategies.cutting import cut, mark_of, refuse_batch_statistics, refuse_uncuttable
-from lightning_altmin.strategies.dealing import Dealing, dealt_out, stage_costs
-from lightning_altmin.strategies.lost import lost_processes_named
-from lightning_altmin.strategies.own_layers import OwnLayers, gathered_tensors
 
 
 @dataclass
