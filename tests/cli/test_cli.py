@@ -95,8 +95,8 @@ def test_fit_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """
     main(["fit", "--config", str(EXAMPLES / "digits.yaml"), "--trainer.max_epochs=1", *QUIET])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("AltMin", "backprop"))]
-    assert [row[0] for row in rows] == ["AltMin", "backprop"]
-    assert all(float(row[1]) > 0.5 for row in rows)
+    assert [row[:3] for row in rows] == [["AltMin,", "Adam", "0.002"], ["backprop,", "Adam", "0.002"]]
+    assert all(float(row[3]) > 0.5 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["lightning_logs"]
 
 
