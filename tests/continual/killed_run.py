@@ -59,14 +59,14 @@ def parts(kind: str) -> tuple[Any, Any, list[Callback]]:
         return (
             backprop(momentum=0.9),
             data,
-            [TaskEarlyStopping(patience=1), SynapticIntelligence(1.0), OrthogonalWeights()],
+            [TaskEarlyStopping(patience=1), SynapticIntelligence(1.0), OnlineEWC(0.1, samples=10), OrthogonalWeights()],
         )
     output = CoactivationMemory(form="solve", every=3, inputs="forward")
     module = AltMinModule(
         small_network(), weights=LayerwiseWeights({"output": output, "default": CoactivationMemory(every=2)})
     )
     data = OnlineTaskStreamDataModule(blob_stream(), 6, replay=Replay(ReservoirBuffer(20), 4), boundaries=True)
-    return module, data, [MemoryPolicy("decay"), OnlineEWC(0.1, samples=10), PrequentialAccuracy()]
+    return module, data, [MemoryPolicy("decay"), PrequentialAccuracy()]
 
 
 def main(kind: str, folder: Path) -> None:
