@@ -167,7 +167,7 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "rate of the grid was best there; a smaller one may be better still. MAC's best setting is at a corner of its "
         "grid. After 5 batches MAC, with 30 sweeps over these 1,000 samples, is ahead of all online methods; from 25 "
         "on AM-mem is ahead of it. On 2x500 a fit of MAC takes 7 minutes of a core after 100 batches and three times "
-        "as long after 300, so that not all of them have been run.\n\n"
+        "as long after 300.\n\n"
         "![Accuracy over mini-batches](results/first_epoch.svg)",
         first_epochs,
     ),
