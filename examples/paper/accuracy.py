@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import logging
 import math
 import statistics
 import sys
@@ -271,6 +272,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if arguments.results is None:
         arguments.results = RESULTS.with_stem("accuracy_small") if arguments.small else RESULTS
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -22,6 +22,7 @@ import argparse
 import csv
 import functools
 import itertools
+import logging
 import statistics
 import sys
 import time
@@ -236,6 +237,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if arguments.small:
         arguments.seeds = arguments.seeds[:1]
     if arguments.results is None:
