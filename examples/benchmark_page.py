@@ -164,10 +164,10 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "for the online methods, one seed and two marks (25 and 100 batches) for ADMM and MAC, whose runs are long. "
         "These are fitted anew at each mark to the samples seen by then, with 30 sweeps over them; they were not run "
         "on CIFAR-10, where AM-mem is 2.6 to 4.3 points ahead of both kinds of Adam at every mark. Two smaller rates, "
-        "0.00025 and 0.0005, were tried for these there, as 0.001, the smallest of the grid, had been best. MAC's best "
-        "setting is at a corner of its grid. After 5 batches MAC, with 30 sweeps over these 1,000 samples, is ahead of all online methods; from 25 "
-        "on AM-mem is ahead of it. On 2x500 a fit of MAC takes 7 minutes of a core after 100 batches and three times "
-        "as long after 300.\n\n"
+        "0.00025 and 0.0005, were tried for these there, as 0.001, the smallest of the grid, had been best. MAC's "
+        "best setting is at a corner of its grid. After 5 batches MAC, with 30 sweeps over these 1,000 samples, is "
+        "ahead of all online methods; from 25 on AM-mem is ahead of it. On 2x500 a fit of MAC takes 7 minutes of a "
+        "core after 100 batches and three times as long after 300.\n\n"
         "![Accuracy over mini-batches](results/first_epoch.svg)",
         first_epochs,
     ),
