@@ -127,7 +127,7 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[], str]], ...] = (
         "accuracy.csv",
         "examples/paper/accuracy.py",
         "Both methods have the same six rates, chosen on a validation split. The protocol, and which choices were made "
-        "after test results were seen, are in [](results.md), and what was wrong with the ConvNet's rows.",
+        "after test results were seen, are in [](results.md).",
         accuracies,
     ),
     (
@@ -224,7 +224,7 @@ stands under each. All of it ran on 2 CPU cores, unless a section says otherwise
 
 - **Accuracy**: with Adam or SGD in the layers it is nowhere ahead of tuned backprop with the same optimizer by more
   than the noise, very deep networks from PyTorch's default weights aside ([](deep.md)), and mostly a few hundredths
-  of a point behind; on CIFAR-10 up to half a point, and more than a point in a convolutional network with BatchNorm
+  of a point behind; on CIFAR-10 some half a point, and more than a point in a convolutional network with BatchNorm
   unless `batch_norm="live"` is set.
 - **The first thousand samples**: MAC, offline, has 4 to 5 points more after 30 sweeps over them than AM-mem after one
   pass, and AM-mem more than it from 5,000 on (below).
