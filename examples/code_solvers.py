@@ -14,7 +14,6 @@ import argparse
 import copy
 import functools
 import statistics
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 
 import torch
 from intervals import interval
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from rows import append, finished, markdown, read
+from runs import judged, timed_fit
 
 from lightning_altmin import (
     AltMinModule,
@@ -83,21 +83,8 @@ def run(solver: tuple[CodeSolver, Any] | None, seed: int, data: VisionDataModule
         module = AltMinModule(
             network, codes=copy.deepcopy(solver[0]), weights=LocalGradient(optimizer, inputs=solver[1]), **schedule
         )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-    )
-    start = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - start
-    judge = Trainer(accelerator="cpu", enable_progress_bar=False, logger=False)
-    return judge.validate(module, datamodule=data, verbose=False)[0]["val_acc"], seconds
+    seconds = timed_fit(module, data, 1)
+    return judged(module, data, "val")["val_acc"], seconds
 
 
 def table() -> str:

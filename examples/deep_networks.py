@@ -27,6 +27,7 @@ import torch
 from figures import pyplot, save
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rows import append_values, finished, markdown, read_values
+from runs import QUIET
 from torch import nn
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, LeastSquaresCodes, LocalGradient
@@ -138,16 +139,9 @@ def run(name: str, method: str, seed: int, data: VisionDataModule, test: bool = 
     seed_everything(seed, verbose=False)
     data.setup("fit")
     network = make_network(task)
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     for part, epochs, schedule in phases(method, task.epochs, len(data.train_dataloader())):
         module = make_module(task, part, network, **schedule)
-        trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, callbacks=[clock], **quiet)
+        trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, callbacks=[clock], **QUIET)
         trainer.fit(module, datamodule=data)
     rows = [
         (name, method, seed, epoch, f"{accuracy:.4f}", f"{seconds:.1f}", "")

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from figures import pyplot, save
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from rows import append_values, finished, markdown, read_values
+from runs import judged, timed_fit
 from torch import Tensor, nn
 
 from lightning_altmin import (
@@ -86,20 +86,8 @@ def measure(of: str, method: str, strength: float, seed: int, data: VisionDataMo
     seed_everything(seed, verbose=False)
     data.setup("fit")
     module = make_module(of, method == "proximal", strength, EPOCHS * len(data.train_dataloader()))
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(max_epochs=EPOCHS, limit_val_batches=0, **quiet)
-    start = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    pace = (time.perf_counter() - start) / EPOCHS
-    trainer = Trainer(**quiet)
-    val = trainer.validate(module, datamodule=data, verbose=False)[0]["val_acc"]
-    test = trainer.test(module, datamodule=data, verbose=False)[0]["test_acc"]
+    pace = timed_fit(module, data, EPOCHS) / EPOCHS
+    val, test = judged(module, data, "val")["val_acc"], judged(module, data, "test")["test_acc"]
     if of == "weights":
         zeros = zeros_of_weights(module)
     else:

@@ -137,6 +137,16 @@ class SupervisedModule(ExactResume):
         self._local_loss.check(output, y)
         return self._local_loss.mean(output, y)
 
+    def batch_weight(self, output: Tensor, y: Any) -> Tensor:
+        """How much a batch's loss counts for in the mean over batches that validation and test log.
+
+        What `batch_loss` has divided by: the number of samples, or the sum of the weights of their classes. Where
+        `batch_loss` is overridden, the number of samples; override this, too, if that mean is of another kind.
+        """
+        if type(self).batch_loss is SupervisedModule.batch_loss:
+            return self._local_loss.weight(output, y)
+        return output.new_full((), float(output.shape[0]))
+
     def settings(self) -> dict[str, str]:
         """What a checkpoint is compared by when it is loaded: settings that change the meaning of its weights."""
         return {"loss": self._loss_name}
@@ -179,12 +189,10 @@ class SupervisedModule(ExactResume):
         x, y = self.unpack(batch)
         output = self(x)
         loss = self.batch_loss(output, y)
-        # What the mean over the batch was divided by, so that the mean over batches is that over all of their samples;
-        # 0, with a loss of NaN, where all labels are ignored.
-        weight: Any = self._local_loss.weight(output, y)
+        weight: Any = self.batch_weight(output, y)
         self.log(
             f"{stage}_loss",
-            loss.where(weight > 0, 0.0),
+            loss.where(weight > 0, 0.0),  # NaN where all labels are ignored, and the weight is 0
             batch_size=weight,
             on_epoch=True,
             on_step=False,

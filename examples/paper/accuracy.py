@@ -20,7 +20,6 @@ import logging
 import math
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for intervals and rows
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for intervals, rows and runs
 from intervals import interval
 from rows import append, markdown, read
+from runs import judged, timed_fit
 from workers import results
 
 from lightning_altmin import AltMinModule, AltMinObjective, BackpropModule, CodedNetwork, CurvatureCodes, LocalGradient
@@ -166,24 +166,9 @@ def train(row: Row, root: str) -> Row:
         )
     else:
         module = BackpropModule(network, optimizer=optimizer, **schedule)
-    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=row.epochs,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        **quiet,
-    )
-    start = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - start
-    judge = Trainer(accelerator="cpu", **quiet)
-    if row.phase == "tune":
-        result = judge.validate(module, datamodule=data, verbose=False)[0]
-    else:
-        result = judge.test(module, datamodule=data, verbose=False)[0]
+    seconds = timed_fit(module, data, row.epochs)
     name = "val" if row.phase == "tune" else "test"
+    result = judged(module, data, name)
     outcome = {"accuracy": result[f"{name}_acc"], "loss": result[f"{name}_loss"], "seconds": round(seconds, 2)}
     return Row(**(asdict(row) | outcome))
 

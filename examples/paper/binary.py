@@ -30,11 +30,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for deep_networks, figures, intervals and rows
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for deep_networks, figures, intervals, rows and runs
 from deep_networks import EpochClock
 from figures import pyplot, save
 from intervals import interval
 from rows import append_values, markdown, read_values
+from runs import QUIET
 from workers import results
 
 from lightning_altmin import (
@@ -181,14 +182,7 @@ def fit(make: Callable[..., LightningModule], seed: int, epochs: int, data: Visi
     steps = epochs * len(data.train_dataloader())
     schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
     module = make(lr_scheduler=schedule, lr_interval="step")
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, callbacks=[clock], **quiet)
+    trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, callbacks=[clock], **QUIET)
     trainer.fit(module, datamodule=data)
     return trainer, clock
 

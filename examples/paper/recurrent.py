@@ -25,20 +25,20 @@ import itertools
 import logging
 import statistics
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for figures, intervals and rows
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for figures, intervals, rows and runs
 from figures import pyplot, save
 from intervals import interval
 from rows import append, markdown, read
+from runs import judged, timed_fit
 from workers import results
 
 from lightning_altmin import AltMin, AltMinModule, BackpropModule, CurvatureCodes, GradientCodes, LocalGradient
@@ -93,24 +93,9 @@ def train(row: Row, root: str, in_features: int = 28, batch: int = BATCH, limit:
         # The 784 steps of the pixels leave nothing of any share below 1: plain steps of rate 1 there.
         codes = CurvatureCodes(share=SHARE) if in_features > 1 else GradientCodes(steps=1, lr=1.0)
         module = AltMinModule(network, codes=codes, weights=LocalGradient(optimizer), **schedule)
-    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=row.epochs,
-        limit_train_batches=limit,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        **quiet,
-    )
-    start = time.perf_counter()
-    trainer.fit(module, datamodule=data)
-    seconds = time.perf_counter() - start
-    judge = Trainer(accelerator="cpu", **quiet)
-    if row.phase == "tune":
-        accuracy = judge.validate(module, datamodule=data, verbose=False)[0]["val_acc"]
-    else:
-        accuracy = judge.test(module, datamodule=data, verbose=False)[0]["test_acc"]
+    seconds = timed_fit(module, data, row.epochs, limit_train_batches=limit)
+    name = "val" if row.phase == "tune" else "test"
+    accuracy = judged(module, data, name)[f"{name}_acc"]
     return Row(**(asdict(row) | {"accuracy": round(accuracy, 4), "seconds": round(seconds, 1)}))
 
 

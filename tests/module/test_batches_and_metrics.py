@@ -88,6 +88,22 @@ def test_logged_losses_are_those_of_all_samples_in_one_batch(kind: Any) -> None:
         assert logged["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_loss_of_ones_own_is_averaged_over_samples() -> None:
+    """Catches an overridden ``batch_loss`` whose targets are read as those of the loss that it takes the place of."""
+
+    class Masked(BackpropModule):
+        def batch_loss(self, output: Tensor, y: Any) -> Tensor:
+            return output.square().mean() + y["offset"].mean()
+
+    module, x = Masked(network(), metrics={}), samples(10)[0]
+    offset = torch.arange(10.0)
+    data = DataLoader([{"x": x[i], "y": {"offset": offset[i]}} for i in range(10)], batch_size=4)  # type: ignore[arg-type]
+    (logged,) = trainer().test(module, data, verbose=False)
+    with torch.no_grad():
+        expected = float(module.eval()(x).square().mean() + offset.mean())
+    assert logged["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("stage", ["val", "test"])
 def test_each_loader_has_a_loss_and_metrics_of_its_own(kind: Any, stage: str) -> None:
